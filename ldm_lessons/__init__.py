@@ -1,0 +1,1 @@
+"""Latent diffusion, lesson by lesson: Stable Diffusion from scratch, in PyTorch."""

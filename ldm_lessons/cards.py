@@ -1,0 +1,118 @@
+"""`data/README.md`, written from what the recipes and the judge recorded: no number in it is typed.
+
+python -m ldm_lessons.cards
+"""
+
+import json
+from pathlib import Path
+
+from ldm_lessons import scenes
+from ldm_lessons.machine import data_dir
+from ldm_lessons.metrics import write_json
+from ldm_lessons.scenes import world
+
+WHAT = {
+    "judge": ("`judge/`", "a classifier of scenes, one head an attribute, trained on drawn scenes alone"),
+    "clip": ("`clip/`, `pocket/text_encoder/`, `pocket/tokenizer/`", "tokenizer, text tower and picture tower"),
+    "vae": ("`pocket/vae/`", "f = 8, four latent channels: (3, 128, 128) pictures to (4, 16, 16) latents"),
+    "unet": ("`pocket/unet/`", "the denoiser of latents, v-prediction, 10 % of the captions left out"),
+}
+LIMITS = """The models know this one world and its words. Size words and counts are obeyed less often than sky, ground
+and colour; small things (stars, rain, windows) come out soft. Pictures other than 128 × 128 are outside what they
+were trained on."""
+
+
+def record(name: str, facts: dict) -> None:
+    """Add a training's facts to `data/cards.json` and write `data/README.md` anew."""
+    path = data_dir() / "cards.json"
+    write_json(path, _cards() | {name: facts})
+    write_readme()
+
+
+def write_readme() -> Path:
+    """`data/README.md`: the data set's card and the models'."""
+    parts = ["# What lies here", _scenes()]
+    parts += [_model(name, facts) for name, facts in _cards().items() if name in WHAT]
+    scores = data_dir() / "pocket" / "scores.json"
+    if scores.exists():
+        parts.append(_scores(json.loads(scores.read_text())))
+    parts += ["## Limits", LIMITS, "## Licence", "Everything here was made by this repository's code: Apache-2.0."]
+    target = data_dir() / "README.md"
+    target.write_text("\n\n".join(parts) + "\n")
+    return target
+
+
+def _cards() -> dict:
+    path = data_dir() / "cards.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _scenes() -> str:
+    splits = "; ".join(f"{name} {seeds.start:,} to {seeds.stop - 1:,}" for name, seeds in scenes.SPLITS.items())
+    kept = "; ".join(" + ".join(f"{k} {v}" for k, v in c.items()) for c in world.HELD_OUT_COMBINATIONS)
+    return f"""## The scenes
+
+`scenes/preview.parquet` holds the first 256 validation scenes: `image` (128 × 128), `text`, `mentions` (what the text
+says), `seed`, `scene` (the attributes, JSON), `map` (a label index a pixel: {", ".join(scenes.LABELS)}). All others
+are drawn when they are wanted: `ldm_lessons.data.scene_dataset("train", 10_000)`.
+
+- times: {", ".join(world.TIMES)}; weather: {", ".join(world.WEATHERS)}; ground: {", ".join(world.GROUNDS)};
+  backdrop: {", ".join(world.BACKDROPS)}; styles: {", ".join(world.STYLES)}
+- up to two of {", ".join(world.KINDS)}, with a colour ({", ".join(world.COLOURS)}; trees are green), a place
+  ({", ".join(world.PLACES)}) and a size ({", ".join(world.SIZES)}); up to three birds
+- splits, by seed: {splits}
+- held out of all training: the kind {world.HELD_OUT_KIND}, the style {world.HELD_OUT_STYLE}, and these combinations:
+  {kept}"""
+
+
+def _model(name: str, facts: dict) -> str:
+    where, what = WHAT[name]
+    versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
+    checked = "; ".join(f"{k}: {_short(v)}" for k, v in facts.get("validation", {}).items())
+    rows = [
+        f"## {name}: {what}",
+        f"In {where}; {facts['parameters']:,} parameters, in half precision.",
+        f"- made by `{facts['command']}`, seed {facts['plan']['seed']}",
+        f"- {facts['plan']['steps']:,} steps of {facts['plan']['batch']}: {facts['samples']:,} samples of "
+        f"{facts['plan']['rows']:,} scenes, in {facts['minutes']} minutes on {facts['hardware']}",
+        f"- {versions}",
+        f"- loss at the end of the run: {facts['curve'][-1]['loss']:.4f} (the curve is in `cards.json`)",
+    ]
+    rows += [f"- on validation scenes: {checked}"] * bool(checked)
+    return "\n".join([rows[0], "", rows[1], "", *rows[2:]])
+
+
+def _short(value: object) -> str:
+    if isinstance(value, dict):
+        if "accuracy" in value:
+            return f"{100 * value['accuracy']:.1f} % of {value['asked']:,}"
+        return ", ".join(f"{k} {_short(v)}" for k, v in value.items())
+    return str(value)
+
+
+def _scores(found: dict) -> str:
+    columns = ("prompts", "composition", "vae", "drawn")
+    names = list(found["prompts"]["attributes"])
+    table = [
+        "| asked for | new prompts | held-out combinations | drawn, through the VAE | drawn |",
+        "|---|---|---|---|---|",
+    ]
+    for name in [*names, "all right"]:
+        cells = (found[c]["all_right"] if name == "all right" else found[c]["attributes"].get(name) for c in columns)
+        table.append(f"| {name} | " + " | ".join(_short(c) if c else "" for c in cells) + " |")
+    fid = found["fid"]
+    return "\n".join([
+        "## pocket: what the judge says",
+        "",
+        f"`python -m ldm_lessons.metrics --count {found['count']}`: {found['steps']} steps of {found['sampler']}, guidance "
+        f"{found['guidance_scale']}, {found['prompts']['seconds']} seconds a picture.",
+        "",
+        *table,
+        "",
+        f"Fréchet distance in the judge's features to {found['count']} other drawn scenes: {fid['made']} for the model's "
+        f"pictures, {fid['vae']} for drawn ones through the VAE, {fid['drawn']} for drawn ones (the floor).",
+    ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(write_readme())

@@ -1,0 +1,227 @@
+"""Training: one loop for every model of the course, as a generator that the caller drives.
+
+    for progress in train(model, loss, plan, folder):   # one step a turn
+        ...
+
+`loss(model, rows, rng)` gives a scalar to minimise, or a dict of them with the total under "loss". `rows` are the data
+set's row numbers for this step and `rng` is a fresh CPU generator: both depend on the plan's seed and the step alone,
+never on what ran before. So a run that is killed and resumed takes the very steps it would have taken.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+Loss = Callable[[nn.Module, Tensor, torch.Generator], Tensor | dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast to train. `rows` is the data set's size, `batch` what all processes take together."""
+
+    steps: int
+    rows: int
+    batch: int = 32
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    decay: float = 0.3  # the last part of the run, over which the learning rate falls to zero
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.999  # 0 keeps no average
+    seed: int = 0
+    save_seconds: float = 120.0
+
+
+@dataclass
+class Progress:
+    """What one step did. `ema` is the averaged model's state dict (None without one)."""
+
+    step: int
+    losses: dict[str, float]
+    seconds: float
+    ema: dict[str, Tensor] | None = None
+    curve: list[dict] = field(default_factory=list, repr=False)
+
+
+def learning_rate(plan: Plan, step: int) -> float:
+    """Linear warm-up, a plateau, then a straight way down to zero."""
+    up = min(1.0, (step + 1) / max(plan.warmup, 1))
+    down = min(1.0, (plan.steps - step) / max(plan.decay * plan.steps, 1))
+    return plan.learning_rate * min(up, down)
+
+
+def rows_of_step(plan: Plan, step: int) -> Tensor:
+    """The `batch` rows of `step`: every epoch is its own permutation, and no row is left over."""
+    start = step * plan.batch
+    picked = []
+    while len(picked) < plan.batch:
+        epoch, at = divmod(start + len(picked), plan.rows)
+        order = _epoch_order(plan.rows, plan.seed, epoch)
+        picked += order[at : at + plan.batch - len(picked)].tolist()
+    return torch.tensor(picked)
+
+
+_orders: dict[tuple, Tensor] = {}
+
+
+def _epoch_order(rows: int, seed: int, epoch: int) -> Tensor:
+    key = (rows, seed, epoch)
+    if key not in _orders:
+        _orders.clear()
+        _orders[key] = torch.randperm(rows, generator=generator(seed, 1, epoch))
+    return _orders[key]
+
+
+def generator(*seed: int) -> torch.Generator:
+    """A CPU generator whose stream depends on all the numbers of `seed`."""
+    mixed = 0
+    for value in seed:
+        mixed = (mixed * 6364136223846793005 + value + 1442695040888963407) % 2**63
+    return torch.Generator().manual_seed(mixed)
+
+
+def train(
+    model: nn.Module,
+    loss: Loss,
+    plan: Plan,
+    folder: Path,
+    *,
+    precision: str = "no",
+    compile: bool = False,
+    accelerator=None,
+) -> Iterator[Progress]:
+    """Train `model` in place, from the checkpoint in `folder` if there is one.
+
+    `precision` is Accelerate's mixed precision ("no", "bf16", "fp16"). Runs on one CPU, one GPU, or as many processes as
+    `accelerate launch` started. Checkpoints are written aside and renamed, so a kill or a full disk leaves the last one
+    whole; the OSError then says which folder to make room in.
+    """
+    from accelerate import Accelerator
+
+    accelerator = accelerator or Accelerator(mixed_precision=precision)
+    optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, (0.9, 0.98), weight_decay=plan.weight_decay)
+    model.to(accelerator.device)
+    average = {k: v.detach().float().clone() for k, v in model.state_dict().items()} if plan.ema else None
+    step, curve = _resume(folder, model, optimizer, average, plan)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    run = torch.compile(wrapped) if compile else wrapped
+    first, count = accelerator.process_index, accelerator.num_processes
+    saved = began = time.monotonic()
+    while step < plan.steps:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(plan, step)
+        rows = rows_of_step(plan, step)[first::count]
+        with accelerator.autocast():
+            result = loss(run, rows, generator(plan.seed, 2, step, first))
+        parts = result if isinstance(result, dict) else {"loss": result}
+        accelerator.backward(parts["loss"])
+        accelerator.clip_grad_norm_(model.parameters(), plan.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if average is not None:
+            keep = min(plan.ema, (1 + step) / (10 + step))
+            with torch.no_grad():
+                for name, value in model.state_dict().items():
+                    average[name].lerp_(value.float(), 1 - keep) if value.is_floating_point() else average[name].copy_(
+                        value
+                    )
+        losses = {k: accelerator.reduce(v.detach().float(), "mean").item() for k, v in parts.items()}
+        if not math.isfinite(losses["loss"]):
+            raise RuntimeError(
+                f"the loss became {losses['loss']} at step {step}: lower the learning rate and run it again"
+            )
+        if step % max(1, plan.steps // 400) == 0 or step == plan.steps:
+            curve.append({"step": step, "seconds": round(time.monotonic() - began, 1)} | losses)
+        yield Progress(step, losses, time.monotonic() - began, average, curve)
+        if accelerator.is_main_process and (step == plan.steps or time.monotonic() - saved > plan.save_seconds):
+            save_checkpoint(folder, step, model, optimizer, average, plan, curve)
+            saved = time.monotonic()
+    accelerator.wait_for_everyone()
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, optimizer, average: dict | None, plan: Plan, curve: list
+) -> None:
+    """One safetensors file with weights, average and optimiser; the step, plan and loss curve in its header."""
+    from safetensors.torch import save_file
+
+    tensors = {f"model.{k}": v.detach() for k, v in model.state_dict().items()}
+    tensors |= {f"ema.{k}": v for k, v in (average or {}).items()}
+    state = getattr(optimizer, "optimizer", optimizer).state_dict()["state"]
+    tensors |= {f"optimizer.{i}.{k}": v for i, values in state.items() for k, v in values.items()}
+    header = {"step": str(step), "plan": json.dumps(asdict(plan)), "curve": json.dumps(curve)}
+    aside = folder / f"checkpoint.{os.getpid()}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.cpu().contiguous().clone() for k, v in tensors.items()}, aside, header)
+        os.replace(aside, folder / "checkpoint.safetensors")
+    except Exception as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(
+            f"the checkpoint could not be written to {folder} ({error}): make room there or choose another folder; the last "
+            "checkpoint is whole, and the same command goes on from it"
+        ) from error
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict] | None:
+    """The tensors and the header (step, plan, curve) of `folder`'s checkpoint, or None. ValueError if it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / "checkpoint.safetensors"
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata()
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it to start this training afresh") from error
+    return tensors, {
+        "step": int(header["step"]),
+        "plan": json.loads(header["plan"]),
+        "curve": json.loads(header["curve"]),
+    }
+
+
+def ema_weights(folder: Path) -> dict[str, Tensor]:
+    """The averaged weights (or the plain ones, where no average was kept) of `folder`'s checkpoint."""
+    found = read_checkpoint(folder)
+    if found is None:
+        raise FileNotFoundError(f"nothing has been trained in {folder} yet")
+    tensors, _ = found
+    prefix = "ema." if any(k.startswith("ema.") for k in tensors) else "model."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _resume(folder: Path, model: nn.Module, optimizer, average: dict | None, plan: Plan) -> tuple[int, list]:
+    found = read_checkpoint(folder)
+    if found is None:
+        return 0, []
+    tensors, header = found
+    theirs, ours = (
+        {k: v for k, v in p.items() if k not in ("steps", "decay", "save_seconds")}
+        for p in (header["plan"], asdict(plan))
+    )
+    if theirs != ours:
+        changed = ", ".join(f"{k} was {theirs.get(k)} and is {v}" for k, v in ours.items() if theirs.get(k) != v)
+        raise ValueError(
+            f"{folder} holds a run with another plan ({changed}): delete the folder, or go back to its plan"
+        )
+    model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    for name in average or {}:
+        average[name].copy_(tensors[f"ema.{name}"])
+    state: dict[int, dict] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return header["step"], header["curve"]
