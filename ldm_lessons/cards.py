@@ -1,9 +1,10 @@
 """`data/README.md`, written from what the recipes and the judge recorded: no number in it is typed.
 
-python -m ldm_lessons.cards
+python -m ldm_lessons.cards writes it; python -m ldm_lessons.cards strip draws docs/strip.png for the README.
 """
 
 import json
+import sys
 from pathlib import Path
 
 from ldm_lessons import scenes
@@ -104,15 +105,36 @@ def _scores(found: dict) -> str:
     return "\n".join([
         "## pocket: what the judge says",
         "",
-        f"`python -m ldm_lessons.metrics --count {found['count']}`: {found['steps']} steps of {found['sampler']}, guidance "
-        f"{found['guidance_scale']}, {found['prompts']['seconds']} seconds a picture.",
+        f"`python -m ldm_lessons.metrics --count {found['count']}`: {found['steps']} steps of {found['sampler']}, "
+        f"guidance {found['guidance_scale']}, {found['prompts']['seconds']} seconds a picture.",
         "",
         *table,
         "",
-        f"Fréchet distance in the judge's features to {found['count']} other drawn scenes: {fid['made']} for the model's "
-        f"pictures, {fid['vae']} for drawn ones through the VAE, {fid['drawn']} for drawn ones (the floor).",
+        f"Fréchet distance in the judge's features to {found['count']} other drawn scenes: {fid['made']} for the "
+        f"model's pictures, {fid['vae']} for drawn ones through the VAE, {fid['drawn']} for drawn ones (the floor).",
     ])  # fmt: skip
 
 
+STRIP = (
+    "a red house on the left, snowy mountains, a green meadow at sunset",
+    "a yellow balloon in the middle, red cliffs, a beach by day",
+    "a white boat on the right, a lake, green hills at dawn",
+    "a watercolour of a lighthouse, a lake by day with clouds",
+    "a castle in the middle, a meadow under a rainbow",
+)
+
+
+def write_strip(seed: int = 0) -> Path:
+    """`docs/strip.png`: five sentences and the pocket model's first tries at them, with the seeds from `seed` on."""
+    from ldm_lessons import generate, models, show
+
+    show.use_style()
+    made = generate.text_to_image(models.load("pocket"), list(STRIP), seed=seed)
+    target = data_dir().parent / "docs" / "strip.png"
+    target.parent.mkdir(exist_ok=True)
+    show.image_row(made, list(STRIP)).savefig(target, dpi=110, bbox_inches="tight")
+    return target
+
+
 if __name__ == "__main__":
-    print(write_readme())
+    print(write_strip() if sys.argv[1:] == ["strip"] else write_readme())

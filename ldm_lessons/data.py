@@ -24,7 +24,7 @@ def scene_rows(seeds: Sequence[int], size: int, wording: int = 0, maps: bool = F
 
     for seed in seeds:
         scene = scenes.sample_scene(seed)
-        words = scenes.describe(scene, wording)
+        words = scenes.caption_with_mentions(scene, wording)
         row = {"image": scenes.draw(scene, size), "text": words.text, "mentions": sorted(words.mentions)}
         row |= {"seed": seed, "scene": json.dumps(scene.to_dict())}
         if maps:

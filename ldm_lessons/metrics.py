@@ -212,7 +212,7 @@ def judge_model(
 ) -> dict:
     """Score a model that makes scenes: pictures of `count` unseen prompts, held to what each prompt says.
 
-    "prompts" come from the test split, "composition" (a third as many) from the combinations that training never showed.
+    "prompts" come from the test split, "composition" (a third as many) from combinations that training never showed.
     "drawn" is the judge's own accuracy on the drawn test scenes, "vae" the same after encoding and decoding: the floor
     and ceiling of everything else. Seeds count from 0, so the result can be had again.
     """
@@ -227,7 +227,7 @@ def judge_model(
     looks: dict[str, Tensor] = {}
     for part, split, n in (("prompts", "test", count), ("composition", "composition", count // 3)):
         asked = [scenes.sample_scene(i, split) for i in range(n)]
-        told = [scenes.describe(s, 0) for s in asked]
+        told = [scenes.caption_with_mentions(s, 0) for s in asked]
         made, began = [], time.perf_counter()
         with tqdm(total=n, desc=part) as bar:
             for i in range(0, n, batch):

@@ -54,9 +54,11 @@ class LatentDiffusion:
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> LatentDiffusion:
         """Move every part there, like torch's `Module.to`; returns itself."""
-        self.text_encoder.to(device, dtype)
-        for part in (self.unet, self.vae):  # the order in which convolutions are fastest
-            part.to(device, dtype).to(memory_format=torch.channels_last)
+        for part in (self.text_encoder, self.unet, self.vae):
+            part.to(device, dtype)
+        self.vae.to(memory_format=torch.channels_last)  # the order in which its convolutions are fastest
+        wide = self.device.type == "cuda"  # a processor is as fast or faster without it in the U-Net's small layers
+        self.unet.to(memory_format=torch.channels_last if wide else torch.contiguous_format)
         return self
 
 

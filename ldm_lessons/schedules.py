@@ -131,9 +131,8 @@ class NoiseSchedule:
             alpha_bar = float(self.alpha_bar[t])
             return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
         if (key := (like.device, like.dtype)) not in self._tables:  # once: a copy at every call would stall a GPU
-            with torch.inference_mode(False):  # training must be able to use it, too
-                pair = torch.stack([self.alpha_bar, 1 - self.alpha_bar]).sqrt()
-                self._tables[key] = pair.to(like.dtype).to(like.device)
+            pair = torch.stack([self.alpha_bar, 1 - self.alpha_bar]).sqrt()
+            self._tables[key] = pair.to(like.dtype).to(like.device)
         pair = self._tables[key][:, t.to(like.device)]
         return tuple(pair.reshape(2, -1, *[1] * (like.ndim - 1)))
 

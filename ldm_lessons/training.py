@@ -3,12 +3,12 @@
     for progress in train(model, loss, plan, folder):   # one step a turn
         ...
 
-`loss(model, rows, rng)` gives a scalar to minimise, or a dict of them with the total under "loss". `rows` are the data
-set's row numbers for this step and `rng` is a fresh CPU generator: both depend on the plan's seed and the step alone,
-never on what ran before. So a run that is killed and resumed takes the very steps it would have taken.
+`loss(model, rows, rng, done)` gives a scalar to minimise, or a dict of them with the total under "loss". `rows` are the
+data set's row numbers for this step, `rng` is a fresh CPU generator, and `done` is the share of the run that lies
+behind: all depend on the plan and the step alone, never on what ran before. So a run that is killed and resumed takes
+the very steps it would have taken.
 """
 
-import json
 import math
 import os
 import time
@@ -17,9 +17,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-Loss = Callable[[nn.Module, Tensor, torch.Generator], Tensor | dict[str, Tensor]]
+from ldm_lessons import checkpoints
+
+Loss = Callable[[nn.Module, Tensor, torch.Generator, float], Tensor | dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -95,18 +98,21 @@ def train(
     *,
     precision: str = "no",
     compile: bool = False,
-    accelerator=None,
+    accelerator: Accelerator | None = None,
 ) -> Iterator[Progress]:
     """Train `model` in place, from the checkpoint in `folder` if there is one.
 
-    `precision` is Accelerate's mixed precision ("no", "bf16", "fp16"). Runs on one CPU, one GPU, or as many processes as
-    `accelerate launch` started. Checkpoints are written aside and renamed, so a kill or a full disk leaves the last one
-    whole; the OSError then says which folder to make room in.
+    `precision` is Accelerate's mixed precision ("no", "bf16", "fp16"). Runs on one CPU, one GPU, or as many processes
+    as `accelerate launch` or `torchrun` started. Checkpoints are written aside and renamed, so a kill or a full disk
+    leaves the last one whole; the OSError then says which folder to make room in.
     """
-    from accelerate import Accelerator
-
-    accelerator = accelerator or Accelerator(mixed_precision=precision)
-    optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, (0.9, 0.98), weight_decay=plan.weight_decay)
+    several_cpus = os.environ.get("WORLD_SIZE", "1") != "1" and not torch.cuda.is_available()
+    accelerator = accelerator or Accelerator(mixed_precision=precision, cpu=several_cpus)
+    with checkpoints.writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)  # before any time is spent
+    optimizer = torch.optim.AdamW(
+        model.parameters(), plan.learning_rate, (0.9, 0.98), weight_decay=plan.weight_decay, fused=True
+    )
     model.to(accelerator.device)
     average = {k: v.detach().float().clone() for k, v in model.state_dict().items()} if plan.ema else None
     step, curve = _resume(folder, model, optimizer, average, plan)
@@ -119,7 +125,7 @@ def train(
             group["lr"] = learning_rate(plan, step)
         rows = rows_of_step(plan, step)[first::count]
         with accelerator.autocast():
-            result = loss(run, rows, generator(plan.seed, 2, step, first))
+            result = loss(run, rows, generator(plan.seed, 2, step, first), step / plan.steps)
         parts = result if isinstance(result, dict) else {"loss": result}
         accelerator.backward(parts["loss"])
         accelerator.clip_grad_norm_(model.parameters(), plan.clip)
@@ -130,9 +136,7 @@ def train(
             keep = min(plan.ema, (1 + step) / (10 + step))
             with torch.no_grad():
                 for name, value in model.state_dict().items():
-                    average[name].lerp_(value.float(), 1 - keep) if value.is_floating_point() else average[name].copy_(
-                        value
-                    )
+                    average[name].lerp_(value.float(), 1 - keep if value.is_floating_point() else 1.0)
         losses = {k: accelerator.reduce(v.detach().float(), "mean").item() for k, v in parts.items()}
         if not math.isfinite(losses["loss"]):
             raise RuntimeError(
@@ -142,67 +146,15 @@ def train(
             curve.append({"step": step, "seconds": round(time.monotonic() - began, 1)} | losses)
         yield Progress(step, losses, time.monotonic() - began, average, curve)
         if accelerator.is_main_process and (step == plan.steps or time.monotonic() - saved > plan.save_seconds):
-            save_checkpoint(folder, step, model, optimizer, average, plan, curve)
+            checkpoints.save(folder, step, model, optimizer, average, asdict(plan), curve)
             saved = time.monotonic()
     accelerator.wait_for_everyone()
 
 
-def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer, average: dict | None, plan: Plan, curve: list
-) -> None:
-    """One safetensors file with weights, average and optimiser; the step, plan and loss curve in its header."""
-    from safetensors.torch import save_file
-
-    tensors = {f"model.{k}": v.detach() for k, v in model.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in (average or {}).items()}
-    state = getattr(optimizer, "optimizer", optimizer).state_dict()["state"]
-    tensors |= {f"optimizer.{i}.{k}": v for i, values in state.items() for k, v in values.items()}
-    header = {"step": str(step), "plan": json.dumps(asdict(plan)), "curve": json.dumps(curve)}
-    aside = folder / f"checkpoint.{os.getpid()}.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.cpu().contiguous().clone() for k, v in tensors.items()}, aside, header)
-        os.replace(aside, folder / "checkpoint.safetensors")
-    except Exception as error:
-        aside.unlink(missing_ok=True)
-        raise OSError(
-            f"the checkpoint could not be written to {folder} ({error}): make room there or choose another folder; the last "
-            "checkpoint is whole, and the same command goes on from it"
-        ) from error
-
-
-def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict] | None:
-    """The tensors and the header (step, plan, curve) of `folder`'s checkpoint, or None. ValueError if it is damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    path = folder / "checkpoint.safetensors"
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata()
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it to start this training afresh") from error
-    return tensors, {
-        "step": int(header["step"]),
-        "plan": json.loads(header["plan"]),
-        "curve": json.loads(header["curve"]),
-    }
-
-
-def ema_weights(folder: Path) -> dict[str, Tensor]:
-    """The averaged weights (or the plain ones, where no average was kept) of `folder`'s checkpoint."""
-    found = read_checkpoint(folder)
-    if found is None:
-        raise FileNotFoundError(f"nothing has been trained in {folder} yet")
-    tensors, _ = found
-    prefix = "ema." if any(k.startswith("ema.") for k in tensors) else "model."
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _resume(folder: Path, model: nn.Module, optimizer, average: dict | None, plan: Plan) -> tuple[int, list]:
-    found = read_checkpoint(folder)
+def _resume(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict | None, plan: Plan
+) -> tuple[int, list]:
+    found = checkpoints.read(folder)
     if found is None:
         return 0, []
     tensors, header = found

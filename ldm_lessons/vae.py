@@ -129,7 +129,7 @@ class Stage(nn.Module):
         return x
 
 
-class MidBlock(nn.Module):
+class Middle(nn.Module):
     """Resnet, attention, resnet at the lowest resolution: (B, C, h, w) -> (B, C, h, w)."""
 
     def __init__(self, channels: int, groups: int):
@@ -153,7 +153,7 @@ class Encoder(nn.Module):
             Stage(widths[max(i - 1, 0)], c, config.layers_per_block, groups, down=i < last)
             for i, c in enumerate(widths)
         )
-        self.mid_block = MidBlock(widths[-1], groups)
+        self.mid_block = Middle(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
@@ -173,7 +173,7 @@ class Decoder(nn.Module):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], groups)
+        self.mid_block = Middle(widths[0], groups)
         self.up_blocks = nn.ModuleList(
             Stage(widths[max(i - 1, 0)], c, config.layers_per_block + 1, groups, up=i < last)
             for i, c in enumerate(widths)

@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MINUTE = 60_000  # milliseconds, as playwright counts
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(1200)]
 
 CHROMIUMS = (
     "chromium",
@@ -159,7 +159,7 @@ def open_notebook(page, lab) -> Callable[[str], Any]:
     return opened
 
 
-def run_all(page: Any, seconds: float = 300) -> list[str]:
+def run_all(page: Any, seconds: float = 600) -> list[str]:
     """Run All, wait until every code cell has run, and return the errors that cells show."""
     page.evaluate(RUN_ALL)
     done = "() => window.ranAll"
@@ -200,7 +200,7 @@ def write_notebook(folder: Path, name: str, *sources: str) -> None:
     (folder / name).write_text(writes(nb))
 
 
-def use_the_widget(page: Any, prompt: str, seconds: float = 60) -> None:
+def use_the_widget(page: Any, prompt: str, seconds: float = 120) -> None:
     """Type a prompt, move the seed, press the button; wait until another picture is there."""
     picture = page.locator("img.picture, .picture img").first
     picture.scroll_into_view_if_needed()
@@ -234,7 +234,7 @@ def test_the_helpers_see_errors_and_pictures(open_notebook, lab):
 
 def test_lesson_00_makes_another_picture(open_notebook):
     page = open_notebook("00_start_here.ipynb")
-    errors = run_all(page, 300)
+    errors = run_all(page)
     assert not errors, "\n".join(errors)
     use_the_widget(page, "a blue boat on a lake at night")
     assert page.evaluate(STATE)["errors"] == []

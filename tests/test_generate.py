@@ -24,6 +24,7 @@ from ldm_lessons.generate import (
     to_tensor,
 )
 from ldm_lessons.samplers import DDIM, DDPM, SAMPLERS, DPMpp2M, make_sampler
+from ldm_lessons.schedules import NoiseSchedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers'
 
@@ -155,6 +156,19 @@ def test_their_schedulers_run_in_our_loop(pipe, tiny_model, name):
     assert all(step.pred_x0.shape == step.latents.shape and step.pred_x0.isfinite().all() for step in found)
 
 
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "PNDMScheduler", "EulerDiscreteScheduler"])
+def test_pred_x0_is_the_network_s_whatever_the_scheduler_tells(tiny_model, name):
+    sampler = theirs(name, tiny_model.scheduler_config)
+    sampler.set_timesteps(6)
+    x, cond = torch.randn(1, 4, 4, 4, generator=generator()), encode_prompt(tiny_model, PROMPT)
+    step = next(denoise(tiny_model, x * sampler.init_noise_sigma, cond, sampler=sampler))
+    seen = sampler.init_noise_sigma * x / (1 if "Euler" not in name else (1 + sampler.sigmas[0] ** 2) ** 0.5)
+    schedule = NoiseSchedule.from_config(tiny_model.scheduler_config)
+    with torch.no_grad():
+        v = tiny_model.unet(seen, int(step.t), cond)
+    assert_close(step.pred_x0, schedule.to_x0(v, seen, int(step.t), "v_prediction"), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["ddim", "dpmpp_2m"])
 @pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])
 def test_image_to_image_is_that_of_diffusers(pipe, other, tiny_model, name, strength):
@@ -239,6 +253,22 @@ def test_denoise_yields_every_step(tiny_model):
     assert_close(rest[-1].latents, steps[-1].latents)
 
 
+def test_another_start_knows_nothing_of_the_last_run(tiny_model):
+    cond, other = encode_prompt(tiny_model, [PROMPT, "a boat"]).split(1)
+    x = torch.randn(2, 4, 4, 4, generator=generator())
+
+    def end(sampler):
+        return list(denoise(tiny_model, x[:1], cond, sampler=sampler, start=3))[-1].latents
+
+    fresh, used = (make_sampler("dpmpp_2m", prediction_type="v_prediction") for _ in "ab")
+    for sampler in (fresh, used):
+        sampler.set_timesteps(6)
+    for step in denoise(tiny_model, x[1:], other, sampler=used):
+        if step.index == 2:  # its next step would have been the one at 3
+            break
+    assert_close(end(used), end(fresh))
+
+
 def test_guided_is_one_call():
     calls = []
 
@@ -283,12 +313,25 @@ def test_inpaint_keeps_the_kept_pixels_exactly(tiny_model, name):
     assert again.tobytes() == got.tobytes()
 
 
+def test_a_thin_stroke_is_repainted(tiny_model):
+    mask = np.zeros((32, 32), dtype=np.uint8)
+    mask[5:7, 3:20] = 255  # between the pixels that a mask shrunk by "nearest" would look at
+    a, b = (
+        numbers(inpaint(tiny_model, photo(), Image.fromarray(mask), prompt, num_inference_steps=4, progress=False)[0])
+        for prompt in (PROMPT, "a boat")
+    )
+    assert abs(a - b)[mask > 0].max() > 3 and abs(a - b)[mask == 0].max() == 0
+
+
 def test_pictures_round_trip(tiny_model):
     picture = photo()
     assert to_pil(to_tensor(tiny_model, picture))[0].tobytes() == picture.tobytes()
     pixels = to_tensor(tiny_model, picture)
     assert pixels.shape == (1, 3, 32, 32) and pixels.dtype == torch.float32
     assert_close(to_tensor(tiny_model, pixels[0].double()), pixels)
+    assert (
+        numbers(to_pil(torch.full((1, 3, 2, 2), 100.6 / 255))[0]).tolist() == [[[101] * 3] * 2] * 2
+    )  # rounded, not cut
 
 
 def test_slerp():
@@ -311,18 +354,18 @@ def test_slerp():
 
 def test_interpolate_begins_and_ends_at_the_two_pictures(tiny_model):
     options = dict(num_inference_steps=4, guidance_scale=3.0, progress=False)
-    for name in ("dpmpp_2m", "ddpm"):
-        film = interpolate(tiny_model, (PROMPT, "a boat"), (4, 4), frames=5, batch_size=2, sampler=name, **options)
-        assert len(film) == 5
-        for k, prompt in ((0, PROMPT), (-1, "a boat")):
-            alone = text_to_image(tiny_model, prompt, seed=4, sampler=name, **options)[0]
-            if name == "dpmpp_2m":
-                assert abs(numbers(film[k]) - numbers(alone)).max() <= 1
+    film = interpolate(tiny_model, (PROMPT, "a boat"), (4, 4), frames=5, batch_size=2, **options)
+    assert len(film) == 5
+    for k, prompt in ((0, PROMPT), (-1, "a boat")):
+        alone = text_to_image(tiny_model, prompt, seed=4, **options)[0]
+        assert abs(numbers(film[k]) - numbers(alone)).max() <= 1
     film = interpolate(tiny_model, (PROMPT, PROMPT), (4, 9), frames=3, **options)
     for k, seed in ((0, 4), (-1, 9)):
         alone = text_to_image(tiny_model, PROMPT, seed=seed, **options)[0]
         assert abs(numbers(film[k]) - numbers(alone)).max() <= 1
     assert len(interpolate(tiny_model, (PROMPT, PROMPT), frames=1, **options)) == 1
+    still = interpolate(tiny_model, (PROMPT, PROMPT), (4, 4), frames=3, batch_size=3, sampler="ddpm", **options)
+    assert max(abs(numbers(frame) - numbers(still[0])).max() for frame in still) <= 1  # added noise, too
 
 
 def test_progress_bar(tiny_model, capsys):

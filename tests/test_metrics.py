@@ -25,7 +25,7 @@ class Oracle:
 
 
 SOME = [scenes.sample_scene(i) for i in range(120)]
-MENTIONS = [scenes.describe(s, 1).mentions for s in SOME]
+MENTIONS = [scenes.caption_with_mentions(s, 1).mentions for s in SOME]
 BLANK = torch.zeros(len(SOME), 3, 128, 128)
 
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ldm_lessons.clip import CLIP, CLIPConfig, VisionConfig, VisionEncoder
 from ldm_lessons.layers import Attention, timestep_embedding
-from ldm_lessons.text import CLIP, CLIPConfig, TextConfig, TextEncoder, VisionConfig, VisionEncoder, tokenize
+from ldm_lessons.text import TextConfig, TextEncoder, tokenize
 from ldm_lessons.unet import UNet, UNetConfig
 from ldm_lessons.vae import VAE, Gaussian, VAEConfig
 

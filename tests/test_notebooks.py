@@ -178,12 +178,14 @@ def test_running_cleans_measures_and_repeats_to_the_byte(root):
     )
     nb = nbs.read_notebook(path)
     nb.metadata.update(widgets={"state": 1}, kernelspec={"name": "other", "display_name": "Other"})
+    nb.cells[2].metadata.update(execution={"iopub.status.busy": "2026-01-01"}, tags=["kept"])
     nbs.write_notebook(nb, path)
     minutes, gigabytes = nbs.run_notebook(path, root)
     first = path.read_bytes()
     nb = nbformat.read(path, as_version=4)
     assert list(nbs.violations(path, root)) == []
     assert [cell.id for cell in nb.cells if cell.cell_type == "code"][:2] == ["setup", "noisy"]
+    assert nb.cells[2].metadata == {"tags": ["kept"]}
     noisy, widget = nb.cells[2].outputs, nb.cells[3].outputs
     assert [out.get("text") for out in noisy] == ["one\ntwo\n", None]
     assert noisy[1].data["text/plain"] == "['a', 'b']"
@@ -201,6 +203,20 @@ def test_a_failing_cell_leaves_the_file_as_it_was(root):
     before = path.read_bytes()
     with pytest.raises(RuntimeError, match="left as it was"):
         nbs.run_notebook(path, root)
+    assert path.read_bytes() == before
+
+
+def test_a_notebook_is_written_whole_or_not_at_all(root, monkeypatch):
+    path = good(root)
+    before, nb = path.read_bytes(), nbs.read_notebook(path)
+
+    def full_disk(_, target):
+        Path(target).write_text("{")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(nbformat, "write", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        nbs.write_notebook(nb, path)
     assert path.read_bytes() == before
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from ldm_lessons import models, recipes, training
+from ldm_lessons import checkpoints, models, recipes
 
 TINY = ["--rows", "48", "--steps", "3", "--batch", "4", "--precision", "no"]
 
@@ -68,9 +68,9 @@ def test_latents_have_unit_variance_after_scaling(made) -> None:
 
 
 def test_a_finished_run_is_not_trained_again(made, capsys) -> None:
-    before = training.read_checkpoint(made / "runs" / "judge")[0]
+    before = checkpoints.read(made / "runs" / "judge")[0]
     recipes.main(["judge", *TINY, "--runs", str(made / "runs")])
-    after = training.read_checkpoint(made / "runs" / "judge")[0]
+    after = checkpoints.read(made / "runs" / "judge")[0]
     assert all(torch.equal(v, after[k]) for k, v in before.items())
 
 

@@ -100,7 +100,7 @@ def test_captions_say_what_they_claim_to() -> None:
     }  # fmt: skip
     for i in range(600):
         scene = scenes.sample_scene(i)
-        told = scenes.describe(scene, i % 5)
+        told = scenes.caption_with_mentions(scene, i % 5)
         for name, table in tables.items():
             said = name in told.mentions
             assert not said or any(phrase in told.text for phrase in table[getattr(scene, name)])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_lessons import training
+from ldm_lessons import checkpoints, training
 from ldm_lessons.training import Plan, train
 
 PLAN = Plan(steps=40, rows=50, batch=8, learning_rate=0.02, warmup=5, ema=0.9, weight_decay=0.0, save_seconds=1e9)
@@ -24,7 +24,7 @@ def problem() -> tuple[nn.Module, training.Loss]:
     x = torch.randn(50, 3, generator=training.generator(7))
     y = x @ torch.tensor([[1.0], [-2.0], [0.5]]) + 0.3
 
-    def loss(model: nn.Module, rows: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    def loss(model: nn.Module, rows: torch.Tensor, rng: torch.Generator, done: float) -> torch.Tensor:
         noise = 0.01 * torch.randn(len(rows), 1, generator=rng)
         return (model(x[rows]) - y[rows] - noise).square().mean()
 
@@ -45,7 +45,7 @@ def test_it_learns(tmp_path) -> None:
     losses, model = run(tmp_path, replace(PLAN, steps=400))
     assert losses[-1] < 1e-3 < losses[0]
     assert torch.allclose(model.weight, torch.tensor([[1.0, -2.0, 0.5]]), atol=0.05)
-    average = training.ema_weights(tmp_path)
+    average = checkpoints.ema_weights(tmp_path)
     assert torch.allclose(average["weight"], model.weight, atol=0.05) and not torch.equal(
         average["weight"], model.weight
     )
@@ -71,7 +71,7 @@ def test_resuming_takes_the_very_steps(tmp_path) -> None:
     after, resumed = run(tmp_path / "cut", always)
     assert before[:16] + after == whole  # the save follows the yield: step 17 is done again
     assert torch.equal(model.weight, resumed.weight)
-    first, second = (training.read_checkpoint(tmp_path / n) for n in ("whole", "cut"))
+    first, second = (checkpoints.read(tmp_path / n) for n in ("whole", "cut"))
     assert all(torch.equal(v, second[0][k]) for k, v in first[0].items())
     assert [c["loss"] for c in first[1]["curve"]] == [c["loss"] for c in second[1]["curve"]]
 
@@ -107,7 +107,7 @@ def test_kill_minus_nine_at_any_moment(tmp_path) -> None:
     model, loss = problem()
     for p in train(model, loss, replace(PLAN, steps=300), tmp_path / "whole"):
         assert seen[p.step] == str(p.losses["loss"])
-    pair = [training.read_checkpoint(tmp_path / n)[0] for n in ("whole", "killed")]
+    pair = [checkpoints.read(tmp_path / n)[0] for n in ("whole", "killed")]
     assert all(torch.equal(v, pair[1][k]) for k, v in pair[0].items())
 
 
@@ -141,13 +141,13 @@ def test_another_plan_and_a_damaged_file_are_named(tmp_path) -> None:
     with pytest.raises(ValueError, match="is damaged"):
         run(tmp_path)
     with pytest.raises(FileNotFoundError, match="nothing has been trained in"):
-        training.ema_weights(tmp_path / "nowhere")
+        checkpoints.ema_weights(tmp_path / "nowhere")
 
 
 def test_a_loss_that_is_no_number_stops_at_once(tmp_path) -> None:
     model, _ = problem()
     with pytest.raises(RuntimeError, match="loss became nan at step 1: lower the learning rate"):
-        list(train(model, lambda m, rows, rng: m.weight.sum() * float("nan"), PLAN, tmp_path))
+        list(train(model, lambda m, rows, rng, done: m.weight.sum() * float("nan"), PLAN, tmp_path))
 
 
 PAIR = """
@@ -155,7 +155,7 @@ import sys, pathlib
 sys.path.insert(0, {tests!r})
 from test_training import *
 model, loss = problem()
-quiet = lambda m, rows, rng: (m(X[rows]) - Y[rows]).square().mean()
+quiet = lambda m, rows, rng, done: (m(X[rows]) - Y[rows]).square().mean()
 X = torch.randn(50, 3, generator=training.generator(7)); Y = X.sum(1, keepdim=True)
 for p in train(model, quiet, PLAN, pathlib.Path({folder!r})): pass
 print("ended at", p.step, round(p.losses["loss"], 6), flush=True)
@@ -173,6 +173,6 @@ def test_two_processes_share_a_batch(tmp_path) -> None:
         done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, env=env, timeout=180)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("ended at 40") == count
-        results.append(training.ema_weights(tmp_path / f"run{count}"))
+        results.append(checkpoints.ema_weights(tmp_path / f"run{count}"))
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, atol=1e-5, rtol=1e-4)

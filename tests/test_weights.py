@@ -1,12 +1,16 @@
 """Weight files: round trips through the libraries, old names, damaged and unsafe files, and a disk that refuses."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ldm_lessons.text import CLIP, CLIPConfig, TextConfig, TextEncoder, VisionConfig, VisionEncoder
+from ldm_lessons.clip import CLIP, CLIPConfig, VisionConfig, VisionEncoder
+from ldm_lessons.text import TextConfig, TextEncoder
 from ldm_lessons.unet import UNet, UNetConfig
 from ldm_lessons.vae import VAE, VAEConfig
 from ldm_lessons.weights import load_model, load_state_dict_strict, save_model
@@ -76,6 +80,8 @@ def test_what_is_saved_here_loads_in_the_libraries(name, dtype, tmp_path):
     model = make(name)
     file = save_model(model, tmp_path / "model", dtype)
     assert {tensor.dtype for tensor in load_file(file).values()} == {dtype}
+    with safe_open(file, framework="pt") as tensors:
+        assert tensors.metadata() == {"format": "pt"}  # releases of both libraries have refused files without it
     theirs = library_class(name).from_pretrained(tmp_path / "model").eval()
     assert {p.dtype for p in theirs.parameters()} == {torch.float32}  # also where the file is in half precision
     again = load_model(type(model), None, tmp_path / "model")
@@ -141,6 +147,18 @@ def test_a_whole_pipeline_runs_on_saved_folders(tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a red house", num_inference_steps=2).images[0].size == (16, 16)
+
+
+def test_loading_draws_no_random_numbers_and_stays_quick(tmp_path):
+    for name, (cls, _, _) in MODELS.items():
+        save_model(make(name), tmp_path / name)
+        before = torch.get_rng_state()
+        load_model(cls, None, tmp_path / name)
+        assert torch.equal(torch.get_rng_state(), before)
+    code = "import sys; from ldm_lessons.weights import load_model; from ldm_lessons.clip import CLIP; "
+    code += f"load_model(CLIP, None, {str(tmp_path / 'clip')!r}); print('sympy' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"  # it takes a second to import, and the meta device draws it in for nothing
 
 
 # Old names

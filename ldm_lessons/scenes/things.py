@@ -2,8 +2,12 @@
 
 from collections.abc import Callable
 from math import cos, pi, sin
+from typing import TYPE_CHECKING
 
 from ldm_lessons.scenes.world import Dice, Scene
+
+if TYPE_CHECKING:
+    from ldm_lessons.scenes.paint import Canvas
 
 COLOUR_RGB = {
     "red": (222, 58, 52),
@@ -26,7 +30,7 @@ def _pale(colour: tuple, amount: float = 0.4) -> tuple[int, ...]:
     return tuple(round(v + (255 - v) * amount) for v in colour)
 
 
-def place_objects(c, scene: Scene, dice: Dice, horizon: float) -> None:
+def place_objects(c: "Canvas", scene: Scene, dice: Dice, horizon: float) -> None:
     """Paint the scene's objects, the farther (smaller) first; on a lake, land things get an islet to stand on."""
     spots = []
     for o in scene.objects:
@@ -51,7 +55,7 @@ def place_objects(c, scene: Scene, dice: Dice, horizon: float) -> None:
         c.lift = 0.0
 
 
-def house(c, x: float, y: float, h: float, colour: tuple) -> None:
+def _house(c: "Canvas", x: float, y: float, h: float, colour: tuple) -> None:
     w = h * 0.56
     c.rect(x + w * 0.42, y - h * 1.02, x + w * 0.64, y - h * 0.6, (136, 84, 66))
     c.rect(x - w, y - h * 0.58, x + w, y, colour)
@@ -65,7 +69,7 @@ def house(c, x: float, y: float, h: float, colour: tuple) -> None:
         c.rect(left, y - h * 0.43, right, y - h * 0.19, WINDOW if c.night else (140, 190, 226), lit=c.night)
 
 
-def boat(c, x: float, y: float, h: float, colour: tuple) -> None:
+def _boat(c: "Canvas", x: float, y: float, h: float, colour: tuple) -> None:
     w = h * 0.5
     c.oval(x, y + h * 0.02, w * 1.05, h * 0.06, (16, 40, 70, 80))
     c.rect(x - h * 0.02, y - h, x + h * 0.02, y - h * 0.12, (108, 74, 50))
@@ -78,7 +82,7 @@ def boat(c, x: float, y: float, h: float, colour: tuple) -> None:
     c.poly([hull[0], hull[1], (x + w * 0.92, y - h * 0.13), (x - w * 0.92, y - h * 0.13)], (238, 226, 204))
 
 
-def balloon(c, x: float, y: float, h: float, colour: tuple) -> None:
+def _balloon(c: "Canvas", x: float, y: float, h: float, colour: tuple) -> None:
     r, top = h * 0.4, y - h * 0.5
     for dx in (-0.34, 0.34):
         c.line([(x + dx * r * 1.6, top + r * 0.66), (x + dx * r * 0.6, y + h * 0.14)], h * 0.022, (104, 78, 58))
@@ -99,14 +103,14 @@ def balloon(c, x: float, y: float, h: float, colour: tuple) -> None:
     c.rect(x - r * 0.3, y + h * 0.09, x + r * 0.3, y + h * 0.13, (104, 68, 44))
 
 
-def pine(c, x: float, y: float, h: float, _: tuple) -> None:
+def _pine(c: "Canvas", x: float, y: float, h: float, _: tuple) -> None:
     c.rect(x - h * 0.045, y - h * 0.2, x + h * 0.045, y, (104, 70, 46))
     for low, high, w in ((0.14, 0.6, 0.34), (0.36, 0.8, 0.27), (0.58, 1.0, 0.19)):
         c.poly([(x - w * h, y - low * h), (x, y - high * h), (x + w * h, y - low * h)], (34, 104, 70))
         c.poly([(x + w * h * 0.1, y - low * h), (x, y - high * h), (x + w * h, y - low * h)], (24, 80, 58))
 
 
-def palm(c, x: float, y: float, h: float, _: tuple) -> None:
+def _palm(c: "Canvas", x: float, y: float, h: float, _: tuple) -> None:
     tip_x, tip_y = x + h * 0.1, y - h * 0.78
     trunk = [(x + h * 0.1 * (k / 8) ** 2, y - h * 0.78 * k / 8) for k in range(9)]
     c.line(trunk, h * 0.075, (150, 108, 68))
@@ -120,7 +124,7 @@ def palm(c, x: float, y: float, h: float, _: tuple) -> None:
         c.oval(tip_x + dx * h, tip_y + h * 0.03, h * 0.035, h * 0.035, (112, 72, 42))
 
 
-def lighthouse(c, x: float, y: float, h: float, colour: tuple) -> None:
+def _lighthouse(c: "Canvas", x: float, y: float, h: float, colour: tuple) -> None:
     base, top = h * 0.17, h * 0.105
 
     def at(t: float) -> float:
@@ -151,7 +155,7 @@ def lighthouse(c, x: float, y: float, h: float, colour: tuple) -> None:
             c.poly(beam, (255, 240, 170, 70), lit=True)
 
 
-def windmill(c, x: float, y: float, h: float, colour: tuple) -> None:
+def _windmill(c: "Canvas", x: float, y: float, h: float, colour: tuple) -> None:
     c.poly([(x - h * 0.2, y), (x - h * 0.125, y - h * 0.62), (x + h * 0.125, y - h * 0.62), (x + h * 0.2, y)], colour)
     c.poly(
         [(x + h * 0.06, y), (x + h * 0.045, y - h * 0.62), (x + h * 0.125, y - h * 0.62), (x + h * 0.2, y)],
@@ -171,7 +175,7 @@ def windmill(c, x: float, y: float, h: float, colour: tuple) -> None:
     c.oval(x, hub_y, h * 0.03, h * 0.03, (70, 50, 42))
 
 
-def castle(c, x: float, y: float, h: float, colour: tuple) -> None:
+def _castle(c: "Canvas", x: float, y: float, h: float, colour: tuple) -> None:
     stone, shade = (184, 178, 176), (152, 146, 150)
     w = h * 0.5
     c.rect(x - w, y - h * 0.42, x + w, y, stone)
@@ -193,7 +197,7 @@ def castle(c, x: float, y: float, h: float, colour: tuple) -> None:
     c.oval(x, y - h * 0.24, w * 0.17, h * 0.07, (84, 58, 46))
 
 
-def mushroom(c, x: float, y: float, h: float, colour: tuple) -> None:
+def _mushroom(c: "Canvas", x: float, y: float, h: float, colour: tuple) -> None:
     stem = [(x - h * 0.15, y), (x - h * 0.1, y - h * 0.55), (x + h * 0.1, y - h * 0.55), (x + h * 0.15, y)]
     c.poly(stem, (246, 236, 214))
     c.poly([(x + h * 0.04, y), (x + h * 0.03, y - h * 0.55), *stem[2:]], (222, 206, 178))
@@ -206,7 +210,7 @@ def mushroom(c, x: float, y: float, h: float, colour: tuple) -> None:
 
 
 PAINTERS: dict[str, Callable] = {
-    f.__name__: f for f in (house, boat, balloon, pine, palm, lighthouse, windmill, castle, mushroom)
+    f.__name__[1:]: f for f in (_house, _boat, _balloon, _pine, _palm, _lighthouse, _windmill, _castle, _mushroom)
 }
 HEIGHTS = {"house": 0.24, "boat": 0.29, "balloon": 0.31, "pine": 0.31, "palm": 0.33}
 HEIGHTS |= {"lighthouse": 0.38, "windmill": 0.35, "castle": 0.31, "mushroom": 0.29}

@@ -68,7 +68,7 @@ class Caption:
     mentions: frozenset[str]
 
 
-def describe(scene: Scene, seed: int = 0) -> Caption:
+def caption_with_mentions(scene: Scene, seed: int = 0) -> Caption:
     """A caption of `scene`; another `seed` gives another order, other words, other things left unsaid."""
     dice = Dice("caption", scene.seed, seed)
     mentions: set[str] = set()
@@ -114,8 +114,8 @@ def describe(scene: Scene, seed: int = 0) -> Caption:
 
 
 def caption(scene: Scene, seed: int = 0) -> str:
-    """The text of `describe(scene, seed)`."""
-    return describe(scene, seed).text
+    """The text of `caption_with_mentions(scene, seed)`."""
+    return caption_with_mentions(scene, seed).text
 
 
 def known_words() -> list[str]:
