@@ -18,9 +18,10 @@ WHAT = {
     "vae": ("`pocket/vae/`", "f = 8, four latent channels: (3, 128, 128) pictures to (4, 16, 16) latents"),
     "unet": ("`pocket/unet/`", "the denoiser of latents, v-prediction, 10 % of the captions left out"),
 }
-LIMITS = """The models know this one world and its words. Size words and counts are obeyed less often than sky, ground
-and colour; small things (stars, rain, windows) come out soft. Pictures other than 128 × 128 are outside what they
-were trained on."""
+LIMITS = """The models know this one world and its words. Places, sizes and counts are obeyed less often than sky,
+ground and colour; small things (birds, stars, rain, windows) come out soft. What the judge misses on drawn pictures
+(the last column) it cannot count in the model's either. Pictures other than 128 × 128 are outside what they were
+trained on."""
 
 
 def record(name: str, facts: dict) -> None:

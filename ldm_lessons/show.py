@@ -274,7 +274,7 @@ def ldm_map(
     m.tile("training", "encoded", 47.5, 45.5, 8, LATENT, "$z$")
     m.arrow("training", [(56.2, 49.5), (84.4, 49.5)], LATENT, dashed=True)
     m.text("training", 70.5, 51.2, "add noise", va="bottom")
-    m.text("training", 70.5, 48.2, "(in training, or to change\na given picture)", va="top", size=7.5)
+    m.text("training", 70.5, 48.2, "(in training a random amount,\nor to change a given picture)", va="top", size=7.5)
     m.tile("noise", "noise", 85, 45.5, 8, LATENT, "$z_T$", shape_right=False)
 
     # bottom row: noise -> U-Net and scheduler, again and again -> latents -> D -> picture

@@ -125,10 +125,11 @@ class Exercise:
         for outcome in mine:
             if outcome.error is not None:
                 return self._result(FAILED, *_blame(outcome.error, answer))
-        found = next(
-            d for a, b in zip(mine, wanted, strict=True) if (d := compare(a.value, b.value, self.rtol, self.atol))
-        )
-        return self._result(FAILED, *found)
+        pairs = [compare(a.value, b.value, self.rtol, self.atol) for a, b in zip(mine, wanted, strict=True)]
+        at = next(i for i, found in enumerate(pairs) if found)
+        probe = list(self.probes(torch.Generator().manual_seed(self.seed)))[at] if self.probes else ()
+        given = [f"this was for        {', '.join(map(_kind, probe))}"] if probe else []
+        return self._result(FAILED, *pairs[at], *given)
 
     def _differ(self, ours: list[_Outcome], theirs: list[_Outcome]) -> bool:
         return any(a.differs(b, self.rtol, self.atol) for a, b in zip(ours, theirs, strict=True))

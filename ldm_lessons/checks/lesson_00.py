@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 
 from ._core import Exercise, Rule, Wrong
@@ -25,6 +26,16 @@ def _disturbs_global_state(answer) -> bool:
     before = torch.get_rng_state()
     answer((2, 3), 5)
     return not torch.equal(before, torch.get_rng_state())
+
+
+_NUMPY = (
+    "You draw with NumPy, whose generator gives other numbers for the same seed. Draw with `torch.randn`, so that a "
+    "seed means the same picture everywhere in the course."
+)
+
+
+def _numpy(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).float()
 
 
 noise_from_seed = Exercise(
@@ -57,6 +68,7 @@ noise_from_seed = Exercise(
             "Your generator always gets seed 0: pass the function's own `seed` to `manual_seed`.",
         ),
         Wrong(_global_seed, _GLOBAL),
+        Wrong(_numpy, _NUMPY),
     ),
     rules=(Rule(_disturbs_global_state, _GLOBAL),),
 )
@@ -85,6 +97,10 @@ to_pixels = Exercise(
         Wrong(
             lambda x: x.clamp(0, 1),
             "You clamped but did not rescale: the decoder's 0 is middle grey, and yours becomes black.",
+        ),
+        Wrong(
+            lambda x: x.clamp(-1, 1),
+            "You clamped to [-1, 1] but did not rescale: a screen's numbers go from 0 to 1, so -1 has to become 0.",
         ),
         Wrong(
             lambda x: (x + 1).clamp(0, 1),
@@ -124,6 +140,7 @@ times_fewer = Exercise(
         ((3, 128, 128), (4, 16, 16)),
         ((3, 256, 384), (3, 64, 96)),
         ((1, 96, 64), (16, 6, 4)),
+        ((3, 64, 64), (5, 8, 8)),
     ],
     good="For Stable Diffusion it is 48: 64 times fewer positions, with four numbers at each instead of three.",
     wrong_answers=(
@@ -131,6 +148,10 @@ times_fewer = Exercise(
             lambda picture, latents: _positions(picture) / _positions(latents),
             "You counted positions (height times width). That is the 64 that is often quoted, but a pixel holds 3 "
             "numbers and a position of the latent holds 4: count those too.",
+        ),
+        Wrong(
+            lambda picture, latents: _numbers(picture) // _numbers(latents),
+            "You divided with `//`, which cuts the fraction off. The sizes need not fit into each other: use `/`.",
         ),
         Wrong(
             lambda picture, latents: picture[-1] / latents[-1],

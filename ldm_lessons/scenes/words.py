@@ -1,8 +1,9 @@
 """Captions: short natural English, many for one scene, each recording what it says and what it leaves out."""
 
+import re
 from dataclasses import dataclass
 
-from ldm_lessons.scenes.world import Dice, Object, Scene
+from ldm_lessons.scenes.world import COLOURS, HELD_OUT_KIND, HELD_OUT_STYLE, Dice, Object, Scene
 
 KIND_WORDS = {
     "house": ("house", "house", "cottage"),
@@ -119,10 +120,9 @@ def caption(scene: Scene, seed: int = 0) -> str:
 
 
 def known_words() -> list[str]:
-    """Every word that captions can hold, sorted; what a model trained on them can be expected to understand."""
-    from ldm_lessons.scenes.world import COLOURS
-
+    """Every word that training captions hold, sorted; what a model trained on them can be expected to understand."""
     tables = (KIND_WORDS, SIZE_WORDS, PLACE_WORDS, BACKDROP_WORDS, GROUND_WORDS, TIME_WORDS, WEATHER_WORDS, BIRD_WORDS)
-    phrases = [p for table in (*tables, STYLE_WORDS) for words in table.values() for p in words]
+    rows = [row for table in (*tables, STYLE_WORDS) for row in table.items()]
+    phrases = [p for name, words in rows if name not in (HELD_OUT_KIND, HELD_OUT_STYLE) for p in words]
     phrases += [*COLOURS, "a an and landscape"]
-    return sorted({word for phrase in phrases for word in phrase.split()})
+    return sorted({word for phrase in phrases for word in re.findall(r"[a-z]+", phrase)})
