@@ -8,6 +8,10 @@ falls from about 14.6 to 0; then a = 1 / sqrt(1 + sigma^2). In y = x_t / a every
 
 and they differ in how they use the eps (or x0) of this step and of earlier ones, and in the noise they add.
 
+    level by level       DDIM = Euler, DDPM = Euler ancestral (they differ in the levels that they visit)
+    there and back       Heun, PNDM's warm-up: a step again and again with better eps, several network calls
+    with a memory        PNDM (after its warm-up), LMS, DPM-Solver++(2M): eps or x0 of earlier steps
+
 A sampler is what a diffusers pipeline needs of a scheduler, so `pipe.scheduler = DDIM()` works, and no more:
 `config`, `order`, `init_noise_sigma`, `set_timesteps(n)`, `timesteps`, `scale_model_input(x, t)`, `step(out, t, x)`,
 `add_noise(x0, noise, t)`, `set_begin_index(i)`. Steps may begin at any index; the order of a multistep method comes
@@ -22,10 +26,18 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ldm_lessons.schedules import NoiseSchedule, known_prediction, spaced_timesteps, to_eps, to_x0
+from ldm_lessons.schedules import (
+    NoiseSchedule,
+    karras_sigmas,
+    known_prediction,
+    spaced_timesteps,
+    to_eps,
+    to_x0,
+)
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -82,14 +94,14 @@ class _Sampler:
         return cls(**{key: config[key] for key in config.keys() if key in cls.options} | changes)
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Choose the timesteps, an int64 tensor from noisy to clean. Raises ValueError for a number outside 1 .. T."""
-        steps = self._spaced(num_inference_steps)
-        sigma = self.schedule.sigma
-        self._t: list[int] = steps.tolist()
-        self._sigmas: list[float] = [*sigma[torch.from_numpy(steps.copy())].tolist(), self._final_sigma()]
-        self.timesteps = torch.tensor(self._t, device=device)
+        """Choose the timesteps, from noisy to clean. Raises ValueError for a number outside 1 .. T."""
+        steps, sigmas = self._levels(num_inference_steps)
+        whole = bool((steps == steps.round()).all())
+        self.timesteps = torch.tensor(steps.tolist(), dtype=torch.int64 if whole else torch.float32, device=device)
+        self._t: list[float] = self.timesteps.tolist()
+        self._sigmas: list[float] = [*sigmas.tolist(), self._final_sigma()]
         self.num_inference_steps = num_inference_steps
-        self._index, self._history = 0, []
+        self.set_begin_index(0)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Let the next step be the one at this index of `timesteps`, with no history."""
@@ -100,12 +112,24 @@ class _Sampler:
         return sample
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
-        """x_t from x0 and eps (B, ...) at integer timesteps, an int or (B,) or (1,)."""
-        return self.schedule.add_noise(original_samples, noise, timesteps)
+        """x_t from x0 and eps (B, ...) at timesteps, a number or (B,) or (1,): this sampler's own, or integers."""
+        ts = timesteps.flatten().tolist() if isinstance(timesteps, Tensor) else [timesteps]
+        if self.num_inference_steps is None or not set(ts) <= set(self._t):
+            return self.schedule.add_noise(original_samples, noise, timesteps)
+        here = self._t[self._index] if self._index < len(self._t) else None
+        levels = [_level(self._sigmas[self._index if t == here else self._t.index(t)]) for t in ts]
+        a, s = (
+            torch.tensor(levels, dtype=torch.float64)
+            .to(original_samples)
+            .T.reshape(2, -1, *[1] * (original_samples.ndim - 1))
+        )
+        return a * original_samples + s * noise
 
-    def _spaced(self, n: int) -> Any:
+    def _levels(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """The timesteps to visit, and their sigmas."""
         c = self.config
-        return spaced_timesteps(c.timestep_spacing, c.num_train_timesteps, n, c.steps_offset)
+        steps = spaced_timesteps(c.timestep_spacing, c.num_train_timesteps, n, c.steps_offset)
+        return steps, self.schedule.sigma.numpy()[steps]
 
     def _final_sigma(self) -> float:
         return 0.0
@@ -114,10 +138,10 @@ class _Sampler:
         """This step's index, and out and sample in at least float32. A timestep out of turn starts a new history."""
         if self.num_inference_steps is None:
             raise RuntimeError(f"call set_timesteps(n) on this {type(self).__name__} before its first step.")
-        t = int(timestep)
+        t = float(timestep)
         if self._index >= len(self._t) or self._t[self._index] != t:
             if t not in self._t:
-                raise ValueError(f"timestep {t} is not one of this sampler's timesteps: take them from `.timesteps`.")
+                raise ValueError(f"timestep {t:g} is not one of this sampler's timesteps: take them from `.timesteps`.")
             self.set_begin_index(self._t.index(t))
         index, self._index = self._index, self._index + 1
         dtype = torch.promote_types(sample.dtype, torch.float32)
@@ -128,6 +152,12 @@ def _level(sigma: float) -> tuple[float, float]:
     """a and s of the level sigma."""
     a = 1 / math.sqrt(1 + sigma**2)
     return a, sigma * a
+
+
+def _transfer(x: Tensor, eps: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """DDIM's step (arXiv:2010.02502 eq. (13)), shared by most: x at sigma_next, along eps; exact for a constant one."""
+    a, a_next = _level(sigma)[0], _level(sigma_next)[0]
+    return (a_next / a) * x + (a_next * (sigma_next - sigma)) * eps
 
 
 def randn(shape: Sequence[int], generator: Generators = None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -200,30 +230,203 @@ class DDIM(_Sampler):
         (a, s), (a_next, s_next) = _level(self._sigmas[i]), _level(self._next_sigma(i))
         kind, eta = self.config.prediction_type, self.config.eta if eta is None else eta
         x0, eps = _clip(to_x0(out, x, a, s, kind), self.config), to_eps(out, x, a, s, kind)
-        std = eta * s_next / s * math.sqrt(max(0.0, 1 - (a / a_next) ** 2))  # eq. (16)
-        x = a_next * x0 + math.sqrt(s_next**2 - std**2) * eps  # eq. (12)
-        if std > 0:
-            noise = randn(x.shape, generator, x.dtype).to(x.device) if variance_noise is None else variance_noise
-            x = x + std * noise
+        x = _ddim(x0, eps, (a, s), (a_next, s_next), eta, generator, variance_noise)
         return StepOutput(x.to(sample.dtype), x0.to(sample.dtype))
+
+
+def _ddim(
+    x0: Tensor, eps: Tensor, level: tuple[float, float], level_next: tuple[float, float], eta: float,
+    generator: Generators, variance_noise: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """arXiv:2010.02502 eq. (12): towards x0, back along eps, and eta's share of the noise is new."""
+    (a, s), (a_next, s_next) = level, level_next
+    std = eta * s_next / s * math.sqrt(max(0.0, 1 - (a / a_next) ** 2))  # eq. (16)
+    x = a_next * x0 + math.sqrt(s_next**2 - std**2) * eps
+    if std > 0:
+        noise = randn(x.shape, generator, x.dtype).to(x.device) if variance_noise is None else variance_noise
+        x = x + std * noise
+    return x
+
+
+class PNDM(_Sampler):
+    """Pseudo numerical methods for diffusion models (arXiv:2202.09778): Adams-Bashforth in eps, DDIM's transfer.
+
+    Each step follows a mean of this eps and up to three earlier ones (eq. (12)). To have earlier ones, it warms up: a
+    round of network calls makes one step several times over from the same x. Options besides the shared ones:
+    `skip_prk_steps`, whether that is one round of two calls for the first step (as Stable Diffusion does) or three
+    rounds of Runge-Kutta's four (eq. (13)), which need 4 steps or more; `set_alpha_to_one` as in DDIM.
+    """
+
+    options = _Sampler.options | dict(skip_prk_steps=True, set_alpha_to_one=False)
+    memory = 4  # how many eps a step may follow
+    warm_up: tuple[float, ...] = (1 / 2, 1 / 2)  # the weights of a round's calls
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Let the next step be the one at this index of `timesteps`, with no history."""
+        super().set_begin_index(begin_index)
+        self._held: tuple[Tensor, float, Tensor] | None = None  # a round's first x, its sigma, the weighted eps so far
+
+    def _final_sigma(self) -> float:
+        return 0.0 if self.config.set_alpha_to_one else float(self.schedule.sigma[0])
+
+    def _levels(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        steps = super()._levels(n)[0].tolist()
+        visits, self._calls = [], []  # the timestep of each call, and the call's place in its round
+        if self.config.skip_prk_steps:
+            rounds = min(n - 1, 1)
+            visits += steps[:2] * rounds
+        elif n < 4:
+            raise ValueError(f"PNDM with skip_prk_steps=False needs 4 steps or more, not {n}.")
+        else:
+            rounds, self.warm_up = 3, (1 / 6, 1 / 3, 1 / 3, 1 / 6)
+            for t, t_next in zip(steps[:3], steps[1:], strict=False):
+                visits += [t, *[t_next + (t - t_next) // 2] * 2, t_next]
+        self._calls += [*range(len(self.warm_up))] * rounds
+        visits += steps[rounds:]
+        self._calls += [None] * (n - rounds)
+        return np.array(visits), self.schedule.sigma.numpy()[visits]
+
+    def step(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> StepOutput:
+        """One network call's worth of a step, all (B, ...): x at the level of the next of `timesteps`."""
+        i, out, x = self._begin(model_output, timestep, sample)
+        sigma, sigma_next, call = self._sigmas[i], self._sigmas[i + 1], self._calls[i]
+        a, s = _level(sigma)
+        x0, eps = (to(out, x, a, s, self.config.prediction_type) for to in (to_x0, to_eps))
+        if not call:  # the first call of a round, or one that is alone: its eps is remembered
+            self._history = [*self._history, eps][-self.memory :]
+        if call == 0:
+            self._held = (x, sigma, self.warm_up[0] * eps)
+        elif call is None:
+            eps = _adams_bashforth(self._history)
+        elif self._held is not None:  # else the first step is in the middle of a round, and follows its own eps
+            x, sigma, total = self._held
+            total = total + self.warm_up[call] * eps
+            self._held = (x, sigma, total)
+            eps = total if call == len(self.warm_up) - 1 else eps
+        x = _transfer(x, eps, sigma, sigma_next)
+        return StepOutput(x.to(sample.dtype), x0.to(sample.dtype))
+
+
+def _adams_bashforth(eps: list[Tensor]) -> Tensor:
+    """The mean of 1 to 4 eps, oldest first, that polynomials in equal steps would have (arXiv:2202.09778 eq. (12))."""
+    weights = ((1,), (-1 / 2, 3 / 2), (5 / 12, -16 / 12, 23 / 12), (-9 / 24, 37 / 24, -59 / 24, 55 / 24))
+    return sum(w * e for w, e in zip(weights[len(eps) - 1], eps, strict=True))
+
+
+class Euler(_Sampler):
+    """Euler's method for dy / dsigma (arXiv:2206.00364 algorithm 1 without its second-order part).
+
+    The step is DDIM's; the levels need not be those of integers t: "linspace" cuts [0, T - 1] into equal parts, and
+    `use_karras_sigmas` spaces the sigmas as in arXiv:2206.00364 eq. (5). The last step ends without noise.
+    """
+
+    options = _Sampler.options | dict(use_karras_sigmas=False)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Scale of the noise to begin with: diffusers leaves out x0's share where the first level is the noisiest."""
+        first = 1.0 if self.num_inference_steps is None else _level(self._sigmas[0])[1]
+        return 1.0 if self.config.timestep_spacing == "leading" else first
+
+    def _levels(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        table = self.schedule.sigma.numpy()
+        every, (steps, sigmas) = np.arange(len(table)), super()._levels(n)
+        if self.config.timestep_spacing == "linspace":
+            steps = np.linspace(0, len(table) - 1, n)[::-1]
+            sigmas = np.interp(steps, every, table)
+        if self.config.use_karras_sigmas:
+            sigmas = karras_sigmas(sigmas[-1], sigmas[0], n).numpy()
+            steps = np.interp(np.log(sigmas), np.log(table), every)
+        return steps, sigmas
+
+    def step(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> StepOutput:
+        """One step to the next timestep, all (B, ...)."""
+        i, out, x = self._begin(model_output, timestep, sample)
+        a, s = _level(self._sigmas[i])
+        x0, eps = (to(out, x, a, s, self.config.prediction_type) for to in (to_x0, to_eps))
+        x = _transfer(x, self._slope(i, eps), self._sigmas[i], self._sigmas[i + 1])
+        return StepOutput(x.to(sample.dtype), x0.to(sample.dtype))
+
+    def _slope(self, i: int, eps: Tensor) -> Tensor:
+        """What to follow from sigma i to the next."""
+        return eps
+
+
+class LMS(Euler):
+    """Linear multistep, "K-LMS": the polynomial through up to 4 eps, integrated over the step (as in k-diffusion).
+
+    It differs from PNDM's in taking the levels as they are, not as if they were equal steps. Options as in Euler.
+    """
+
+    def _slope(self, i: int, eps: Tensor) -> Tensor:
+        sigma, sigma_next = self._sigmas[i], self._sigmas[i + 1]
+        self._history = [*self._history, (eps, sigma)][-4:]
+        nodes = [s for _, s in self._history]
+        middle, half = (sigma_next + sigma) / 2, (sigma_next - sigma) / 2
+        points = (middle - half / math.sqrt(3), middle + half / math.sqrt(3))  # Gauss: exact up to degree 3
+        weights = [
+            sum(math.prod((p - m) / (node - m) for m in nodes if m != node) for p in points) / 2 for node in nodes
+        ]
+        return sum(w * e for w, (e, _) in zip(weights, self._history, strict=True))
+
+
+class EulerAncestral(Euler):
+    """Euler's method to a level below the next one, and noise up to that: DDPM's step. Options as in Euler."""
+
+    def step(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, generator: Generators = None,
+        variance_noise: Tensor | None = None, return_dict: bool = True,
+    ) -> StepOutput:  # fmt: skip
+        """One step to the next timestep, all (B, ...). The noise is `variance_noise`, or drawn by `generator`."""
+        i, out, x = self._begin(model_output, timestep, sample)
+        (a, s), (a_next, s_next) = _level(self._sigmas[i]), _level(self._sigmas[i + 1])
+        x0, eps = (to(out, x, a, s, self.config.prediction_type) for to in (to_x0, to_eps))
+        x = _ddim(x0, eps, (a, s), (a_next, s_next), 1.0, generator, variance_noise)
+        return StepOutput(x.to(sample.dtype), x0.to(sample.dtype))
+
+
+class Heun(PNDM, Euler):
+    """Heun's method (arXiv:2206.00364 algorithm 1): each step twice, the second time with the mean of both ends' eps.
+
+    The last step, to sigma 0, is Euler's. Options as in Euler. A step is two network calls, so `timesteps` has 2n - 1.
+    """
+
+    options = Euler.options
+    order = 2
+    memory = 1
+
+    def _final_sigma(self) -> float:
+        return 0.0
+
+    def _levels(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        self._calls = [0, 1] * (n - 1) + [None]
+        return tuple(np.repeat(values, 2)[1:] for values in Euler._levels(self, n))
 
 
 class DPMpp2M(_Sampler):
     """DPM-Solver++(2M): second order in log sigma, from the x0 of two steps (arXiv:2211.01095 algorithm 2).
 
-    Option besides the shared ones: `final_sigmas_type`, "zero" or "sigma_min" (the level of t = 0). The last step is of
-    first order when it ends at zero, where log sigma does not exist, and when there are fewer than 15 steps. The
-    timesteps are the n noisiest of n + 1, as in diffusers.
+    Options besides the shared ones: `final_sigmas_type`, "zero" or "sigma_min" (the level of t = 0), and
+    `use_karras_sigmas`. The last step is of first order when it ends at zero, where log sigma does not exist, and when
+    there are fewer than 15 steps. The timesteps are the n noisiest of n + 1, as in diffusers.
     """
 
-    options = _Sampler.options | dict(final_sigmas_type="zero", lower_order_final=True)
+    options = _Sampler.options | dict(final_sigmas_type="zero", lower_order_final=True, use_karras_sigmas=False)
 
-    def _spaced(self, n: int) -> Any:
-        c, total = self.config, self.config.num_train_timesteps
-        if c.timestep_spacing == "trailing" or n == total:
-            return super()._spaced(n)
-        super()._spaced(n)  # for its checks
-        return spaced_timesteps(c.timestep_spacing, total, n + 1, c.steps_offset)[:-1]
+    def _levels(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        c, sigma = self.config, self.schedule.sigma.numpy()
+        if c.use_karras_sigmas:
+            super()._levels(n)  # for its checks
+            sigmas = karras_sigmas(sigma[0], sigma[-1], n).numpy()
+            return np.interp(np.log(sigmas), np.log(sigma), np.arange(len(sigma))).round(), sigmas
+        steps, sigmas = super()._levels(n)
+        if c.timestep_spacing != "trailing" and n < c.num_train_timesteps:
+            steps, sigmas = super()._levels(n + 1)
+        return steps[:n], sigmas[:n]
 
     def _final_sigma(self) -> float:
         return 0.0 if self.config.final_sigmas_type == "zero" else float(self.schedule.sigma[0])
@@ -251,7 +454,10 @@ def _clip(x0: Tensor, config: Config) -> Tensor:
     return x0.clamp(-config.clip_sample_range, config.clip_sample_range) if config.clip_sample else x0
 
 
-SAMPLERS: dict[str, type[_Sampler]] = {"ddpm": DDPM, "ddim": DDIM, "dpmpp_2m": DPMpp2M}
+SAMPLERS: dict[str, type[_Sampler]] = {
+    "ddpm": DDPM, "ddim": DDIM, "pndm": PNDM, "lms": LMS, "euler": Euler, "euler_ancestral": EulerAncestral,
+    "heun": Heun, "dpmpp_2m": DPMpp2M,
+}  # fmt: skip
 
 
 def make_sampler(name: str, **config: Any) -> _Sampler:

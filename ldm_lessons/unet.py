@@ -46,25 +46,20 @@ class UNetConfig:
     def pocket(cls) -> "UNetConfig":
         """The course's own, for latents of 16x16."""
         return cls(
-            sample_size=16,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            block_out_channels=(64, 128, 192),
-            layers_per_block=1,
-            heads=(2, 4, 6),
-            norm_num_groups=16,
+            sample_size=16, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            block_out_channels=(64, 128, 192), layers_per_block=1, heads=(2, 4, 6), norm_num_groups=16,
             cross_attention_dim=128,
-        )
+        )  # fmt: skip
 
     def __post_init__(self):
-        levels, groups = len(self.block_out_channels), self.norm_num_groups
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        levels = len(widths)
         if len(self.attends) != levels or len(self.heads_per_level) != levels:
             raise ValueError(f"down_block_types and heads need one entry for each of the {levels} block_out_channels.")
         if unknown := set(self.down_block_types) - {"CrossAttnDownBlock2D", "DownBlock2D"}:
             raise ValueError(f"This U-Net has no {unknown.pop()}; use CrossAttnDownBlock2D or DownBlock2D.")
-        if any(c % groups for c in self.block_out_channels):
-            raise ValueError(
-                f"Every width in {self.block_out_channels} must be a multiple of norm_num_groups, {groups}."
-            )
+        if any(c % groups for c in widths):
+            raise ValueError(f"Every width in {widths} must be a multiple of norm_num_groups, {groups}.")
 
     @property
     def attends(self) -> tuple[bool, ...]:
@@ -80,6 +75,12 @@ class UNetConfig:
     def downscale(self) -> int:
         """What a latent's height and width must be multiples of."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def skip_widths(self) -> list[int]:
+        """The widths of what the way down leaves behind, first to last."""
+        widths, n = self.block_out_channels, self.layers_per_block
+        return [widths[0], *(c for c in widths[:-1] for _ in range(n + 1)), *[widths[-1]] * n]
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> "UNetConfig":
@@ -201,10 +202,7 @@ class UNet(nn.Module):
         self.time_embedding = TimeEmbedding(widths[0])
         self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in range(levels))
         self.mid_block = MidBlock(config)
-        skips = [widths[0]]  # the widths of what the way down leaves behind
-        for level, c in enumerate(widths):
-            skips += [c] * (config.layers_per_block + (level < levels - 1))
-        up = []
+        skips, up = config.skip_widths, []
         for level in reversed(range(levels)):
             c_in = widths[min(level + 1, levels - 1)]
             up.append(UpBlock(config, level, c_in, [skips.pop() for _ in range(config.layers_per_block + 1)]))
@@ -212,29 +210,42 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def forward(self, sample: Tensor, timestep: Tensor | int | float, encoder_hidden_states: Tensor) -> Tensor:
-        """Predict eps or v, (B, C, H, W); raises ValueError where a shape does not fit the configuration."""
-        self._check(sample, encoder_hidden_states)
-        t = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])  # (B,)
-        temb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(sample.dtype))  # (B, E)
-        skips = [self.conv_in(sample)]
-        for block in self.down_blocks:
-            skips += block(skips[-1], temb, encoder_hidden_states)
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor,
+        control: Sequence[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Predict eps or v, (B, C, H, W); raises ValueError where a shape does not fit the configuration.
+
+        ``control`` is what a ControlNet answers: something to add to each skip, and at last to the middle.
+        """
+        check_inputs(self.config, sample, encoder_hidden_states)
+        skips, temb = way_down(self, self.conv_in(sample), timestep, encoder_hidden_states)
         x = self.mid_block(skips[-1], temb, encoder_hidden_states)
+        if control is not None:
+            *down, middle = control
+            skips, x = [skip + more for skip, more in zip(skips, down, strict=True)], x + middle
         for block in self.up_blocks:
             x = block(x, [skips.pop() for _ in block.resnets], temb, encoder_hidden_states)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def _check(self, sample: Tensor, text: Tensor) -> None:
-        channels, width, f = self.config.in_channels, self.config.cross_attention_dim, self.config.downscale
-        if sample.ndim != 4 or sample.shape[1] != channels:
-            raise ValueError(f"The U-Net takes latents of shape (B, {channels}, H, W), but got {tuple(sample.shape)}.")
-        if sample.shape[2] % f or sample.shape[3] % f:
-            raise ValueError(
-                f"The latent is {sample.shape[2]}x{sample.shape[3]}, but height and width must be multiples of {f}."
-            )
-        if text.ndim != 3 or text.shape[2] != width or text.shape[0] != sample.shape[0]:
-            raise ValueError(
-                f"The U-Net takes text of shape ({sample.shape[0]}, L, {width}) with these latents, "
-                f"but got {tuple(text.shape)}."
-            )
+
+def way_down(net: nn.Module, x: Tensor, t: Tensor | float, text: Tensor) -> tuple[list[Tensor], Tensor]:
+    """What a U-Net or a ControlNet leaves behind on its way down from x (B, c, H, W), and the time vector (B, E)."""
+    t = torch.as_tensor(t, device=x.device).expand(x.shape[0])  # (B,)
+    temb, skips = net.time_embedding(timestep_embedding(t, x.shape[1]).to(x.dtype)), [x]
+    for block in net.down_blocks:
+        skips += block(skips[-1], temb, text)
+    return skips, temb
+
+
+def check_inputs(config: UNetConfig, sample: Tensor, text: Tensor) -> None:
+    """Raises ValueError where the latents or the text do not fit the configuration."""
+    channels, f, wanted = config.in_channels, config.downscale, (sample.shape[0], "L", config.cross_attention_dim)
+    if sample.ndim != 4 or sample.shape[1] != channels:
+        raise ValueError(f"The U-Net takes latents of shape (B, {channels}, H, W), but got {tuple(sample.shape)}.")
+    h, w = sample.shape[2:]
+    if h % f or w % f:
+        raise ValueError(f"The latent is {h}x{w}, but height and width must be multiples of {f}.")
+    if text.ndim != 3 or (text.shape[0], "L", text.shape[2]) != wanted:
+        shape = f"({wanted[0]}, L, {wanted[2]})"
+        raise ValueError(f"The U-Net takes text of shape {shape} with these latents, but got {tuple(text.shape)}.")

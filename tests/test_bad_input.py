@@ -129,7 +129,7 @@ def test_known_words_are_read_from_the_model_folder(tiny_folder, tmp_path, where
         ({"num_inference_steps": 0}, "num_inference_steps is 0, but must be a whole number from 1 to 1000."),
         ({"num_inference_steps": 1001}, "num_inference_steps is 1001, but must be a whole number from 1 to 1000."),
         ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5, but must be a whole number"),
-        ({"sampler": "dpm"}, "unknown sampler 'dpm': choose one of ddpm, ddim, dpmpp_2m"),
+        ({"sampler": "dpm"}, "unknown sampler 'dpm': choose one of ddpm, ddim, pndm, lms"),
         ({"sampler": 3}, "the sampler is a int: give a name such as 'ddim', or a sampler object."),
         ({"sampler": DDIM}, "the sampler is a type: give a name such as 'ddim', or a sampler object."),
         ({"seed": 1.5}, "the seed is 1.5, but must be a whole number"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ldm_lessons.clip import CLIP, CLIPConfig, VisionConfig, VisionEncoder
+from ldm_lessons.controlnet import ControlNet, ControlNetConfig
 from ldm_lessons.layers import Attention, timestep_embedding
 from ldm_lessons.text import TextConfig, TextEncoder, tokenize
 from ldm_lessons.unet import UNet, UNetConfig
@@ -21,6 +22,15 @@ UNETS = {
     "no text on the way": UNetConfig(8, 3, 6, (PLAIN, PLAIN), (24, 16), 3, 2, 4, 8),
     "one level": UNetConfig(8, 4, 4, (ATTENDS,), (16,), 2, (4,), 4, 8),
 }
+CONTROLS = {  # the picture is 2 ** (widths - 1) times larger than the latent
+    name: ControlNetConfig(UNETS[name], channels, widths)
+    for name, channels, widths in [
+        ("two levels", 3, (4, 8, 12)),
+        ("one level", 2, (4,)),
+        ("no text on the way", 1, (8, 4)),
+    ]
+}
+CONTROL = ControlNetConfig(replace(UNetConfig.pocket(), sample_size=None))
 VAES = {
     "f=4": VAEConfig(3, 3, 4, (8, 16, 24), 1, 4),
     "f=2, one channel": VAEConfig(1, 1, 2, (8, 8), 2, 2),
@@ -37,7 +47,13 @@ CLIPS = {name: CLIPConfig(text, VISION, 20) for name, text in TEXTS.items()}
 
 def build(config):
     """Our model of a configuration."""
-    kinds = {UNetConfig: UNet, VAEConfig: VAE, TextConfig: TextEncoder, VisionConfig: VisionEncoder}
+    kinds = {
+        UNetConfig: UNet,
+        ControlNetConfig: ControlNet,
+        VAEConfig: VAE,
+        TextConfig: TextEncoder,
+        VisionConfig: VisionEncoder,
+    }
     return CLIP.from_config(config) if isinstance(config, CLIPConfig) else kinds[type(config)](config)
 
 
@@ -48,6 +64,8 @@ def library(config):
 
     if isinstance(config, UNetConfig):
         return diffusers.UNet2DConditionModel.from_config(config.to_diffusers())
+    if isinstance(config, ControlNetConfig):
+        return diffusers.ControlNetModel.from_config(config.to_diffusers())
     if isinstance(config, VAEConfig):
         return diffusers.AutoencoderKL.from_config(config.to_diffusers())
     name = {TextConfig: "CLIPText", VisionConfig: "CLIPVision", CLIPConfig: "CLIP"}[type(config)]
@@ -93,8 +111,9 @@ def randn(*shape, seed=1):
         (UNetConfig(in_channels=9, cross_attention_dim=768), 859_535_364, 686),
         (VAEConfig.sd15(), 83_653_863, 248),
         (TextConfig.sd15(), 123_060_480, 196),
+        (ControlNetConfig(), 361_279_120, 340),
     ],
-    ids=["unet", "unet for inpainting", "vae", "text"],
+    ids=["unet", "unet for inpainting", "vae", "text", "controlnet"],
 )
 def test_stable_diffusion_has_its_published_size(config, numbers, tensors):
     with torch.device("meta"):
@@ -109,7 +128,7 @@ def test_stable_diffusion_has_its_published_size(config, numbers, tensors):
         *(UNetConfig.sd15(), UNetConfig.pocket(), VAEConfig.sd15(), VAEConfig.pocket()),
         *(TextConfig.sd15(), TextConfig.pocket(1000), VisionConfig(), VisionConfig.pocket()),
         CLIPConfig(TextConfig.pocket(1000), VisionConfig.pocket(), 128),
-        *(*UNETS.values(), *VAES.values(), *TEXTS.values(), VISION),
+        *(*UNETS.values(), *VAES.values(), *TEXTS.values(), VISION, *CONTROLS.values(), ControlNetConfig()),
     ],
     ids=lambda config: type(config).__name__,
 )
@@ -120,7 +139,7 @@ def test_names_and_shapes_are_the_libraries(config):
 
 
 @pytest.mark.parametrize(
-    "config", [*UNETS.values(), *VAES.values(), UNetConfig.pocket()], ids=lambda config: type(config).__name__
+    "config", [*UNETS.values(), *VAES.values(), UNetConfig.pocket(), CONTROL], ids=lambda config: type(config).__name__
 )
 def test_a_configuration_survives_diffusers(config):
     import json
@@ -197,6 +216,39 @@ def test_unet_equals_diffusers(name, size):
         assert_same(ours(x, t, text), theirs(x, t, text).sample, 1e-4)  # their sinusoid is in float32
         assert_same(ours(x, torch.tensor(981), text)[1:2], ours(x[1:2], torch.tensor([981]), text[1:2]))
         assert_same(ours(x, 37, text), ours(x, torch.tensor([37] * 3), text))
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_controlnet_equals_diffusers(name):
+    config = CONTROLS[name]
+    ours, theirs = twins(config)
+    unet, unet_theirs = twins(config.unet)
+    f, width = 2 ** (len(config.conditioning_embedding_out_channels) - 1), config.unet.cross_attention_dim
+    x, text = randn(2, config.unet.in_channels, 4, 6), randn(2, 5, width, seed=2)
+    picture = randn(2, config.conditioning_channels, 4 * f, 6 * f, seed=3)
+    with torch.no_grad():
+        got, (down, middle) = ours(x, 0, text, picture, 0.7), theirs(x, 0, text, picture, 0.7, return_dict=False)
+        for a, b in zip(got, [*down, middle], strict=True):
+            assert_same(a, b)
+        steered = unet(x, 0, text, got)
+        options = dict(down_block_additional_residuals=down, mid_block_additional_residual=middle)
+        assert_same(steered, unet_theirs(x, 0, text, **options).sample)
+        assert (steered - unet(x, 0, text)).abs().max() > 0.1 * steered.std()
+
+
+def test_a_new_controlnet_changes_nothing_yet():
+    unet = UNet(UNetConfig.pocket()).eval()
+    made = ControlNet.from_unet(unet, conditioning_channels=1)
+    assert made.config == replace(CONTROL, conditioning_channels=1)
+    x, text = torch.randn(1, 4, 16, 16), torch.randn(1, 9, 128)
+    with torch.no_grad():
+        answers = made(x, 3, text, torch.rand(1, 1, 128, 128))
+        assert torch.equal(unet(x, 3, text, answers), unet(x, 3, text))
+        kept = unet.down_blocks[0].resnets[0].conv1.weight
+        assert torch.equal(made.down_blocks[0].resnets[0].conv1.weight, kept)
+    assert made.down_blocks[0].resnets[0].conv1.weight is not kept  # a copy, to be trained on its own
+    with pytest.raises(ValueError, match=r"a picture of shape \(1, 1, 128, 128\), but got \(1, 1, 64, 64\)"):
+        made(x, 3, text, torch.rand(1, 1, 64, 64))
 
 
 def test_unet_listens_to_all_it_is_given():

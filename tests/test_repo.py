@@ -17,12 +17,12 @@ SIDE = 9  # any other module: it may use every floor, and no floor uses it
 FLOORS = {
     **dict.fromkeys(("schedules", "layers", "scenes", "checkpoints"), 0),
     **dict.fromkeys(("samplers", "unet", "vae", "text", "clip"), 1),
-    **dict.fromkeys(("guidance", "weights", "training", "pipeline"), 2),
+    **dict.fromkeys(("guidance", "weights", "training", "pipeline", "controlnet"), 2),
     "generate": 3,
 }
 SIDE_LINES = 400
 LINES = {  # of code: docstrings, comments and blank lines do not count
-    **dict.fromkeys(("schedules", "layers", "vae", "text", "clip"), 130),
+    **dict.fromkeys(("schedules", "layers", "vae", "text", "clip", "controlnet"), 130),
     "unet": 140,
     **dict.fromkeys(("guidance", "weights", "training", "checkpoints"), 150),
     **dict.fromkeys(("pipeline", "generate"), 180),
