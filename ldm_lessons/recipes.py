@@ -75,6 +75,7 @@ def batch_of(source: np.ndarray, rows: Tensor, like: nn.Module) -> Tensor:
 
 def drive(name: str, model: nn.Module, loss: training.Loss, plan: Plan, args: argparse.Namespace) -> dict:
     """Run the training with a progress bar; returns what the model card says of it."""
+    from accelerate import PartialState
     from tqdm.auto import tqdm
 
     folder = args.runs / name
@@ -90,6 +91,7 @@ def drive(name: str, model: nn.Module, loss: training.Loss, plan: Plan, args: ar
                 raise SystemExit(
                     f"{args.minutes} minutes are over at step {progress.step}; the same command goes on from there"
                 )
+    PartialState().destroy_process_group()  # or their threads may abort the ones that end first
     if not first:
         raise SystemExit  # what follows is for one process
     _, header = checkpoints.read(folder)

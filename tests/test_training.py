@@ -79,6 +79,7 @@ def test_resuming_takes_the_very_steps(tmp_path) -> None:
 SLOW = """
 import sys, time, pathlib
 sys.path.insert(0, {tests!r})
+from accelerate import PartialState
 from test_training import *
 model, loss = problem()
 for p in train(model, loss, replace(PLAN, steps=300, save_seconds=0.0), pathlib.Path({folder!r})):
@@ -153,11 +154,13 @@ def test_a_loss_that_is_no_number_stops_at_once(tmp_path) -> None:
 PAIR = """
 import os, sys, pathlib
 sys.path.insert(0, {tests!r})
+from accelerate import PartialState
 from test_training import *
 model, loss = problem()
 quiet = lambda m, rows, rng, done: (m(X[rows]) - Y[rows]).square().mean()
 X = torch.randn(50, 3, generator=training.generator(7)); Y = X.sum(1, keepdim=True)
 for p in train(model, quiet, PLAN, pathlib.Path({folder!r})): pass
+PartialState().destroy_process_group()
 os.write(1, f"ended at {{p.step}} {{p.losses['loss']:.6f}}\\n".encode())  # at one go: two processes write
 """
 
