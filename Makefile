@@ -13,10 +13,10 @@ PORT ?=
 ARGS ?=
 LAB_FLAGS = $(if $(PORT),--port=$(PORT)) $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
-.PHONY: help lab test lint unit nbval browser notebooks badges readme format clean
+.PHONY: help lab test lint unit nbval browser full-size notebooks badges readme format clean
 
 help:  ## list the commands
-	@grep -E '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
 lab: $(VENV)/.lab  ## set everything up and open JupyterLab on lesson 00 (PORT=8890, ARGS=--no-browser)
 	@echo "Starting JupyterLab; stop it with Ctrl-C."
@@ -41,6 +41,9 @@ nbval: $(VENV)/.test  ## run every notebook from cold
 
 browser: $(VENV)/.test  ## use lesson 00 in JupyterLab, in a headless Chromium
 	$(PY) -m pytest -q tests -m browser $(ARGS)
+
+full-size: $(VENV)/.test  ## compare Stable Diffusion 1.5's networks at their real sizes (16 GB, some minutes)
+	$(PY) -m pytest -q tests -m full_size $(ARGS)
 
 notebooks: $(VENV)/.lab  ## run the notebooks from cold and store clean outputs (NAMES="00 04" for some of them)
 	$(PY) -m ldm_lessons.notebooks run $(NAMES)

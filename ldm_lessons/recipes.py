@@ -28,10 +28,10 @@ from ldm_lessons.training import Plan
 
 RUNS = Path("runs")
 PLANS = {
-    "judge": Plan(steps=2500, rows=40_000, batch=16, learning_rate=1e-3, ema=0.995),
+    "judge": Plan(steps=6500, rows=40_000, batch=16, learning_rate=1e-3, ema=0.995),
     "clip": Plan(steps=800, rows=40_000, batch=64, learning_rate=1e-3, ema=0.995),
     "vae": Plan(steps=2600, rows=40_000, batch=32, learning_rate=2e-3, ema=0.995, weight_decay=0.0),
-    "unet": Plan(steps=12_000, rows=24_000, batch=32, learning_rate=1e-3, ema=0.999),
+    "unet": Plan(steps=9600, rows=24_000, batch=32, learning_rate=1e-3, ema=0.999),
 }
 SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler",

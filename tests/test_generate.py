@@ -238,6 +238,29 @@ def test_inpaint_is_that_of_diffusers_inside_the_mask(pipe, other, tiny_model, s
     assert abs(numbers(got) - numbers(want))[:, 16:].max() <= 1
 
 
+@pytest.mark.filterwarnings("ignore:the sampler takes")
+def test_the_pocket_model_s_pictures_are_those_of_diffusers():
+    """Text to image, image to image and inpainting, 128 x 128: at most 2 of 255 apart."""
+    import diffusers
+
+    from ldm_lessons import models
+
+    model, pipe = models.load("pocket", "cpu"), diffusers.StableDiffusionPipeline.from_pretrained(models.POCKET)
+    image, options = photo(128), dict(num_inference_steps=6, guidance_scale=5.0)
+    mask, parts = half_mask(128), dict(**pipe.components, requires_safety_checker=False)
+    want = [pipe(PROMPT, generator=generator(), **options).images[0]]
+    img2img, fill = diffusers.StableDiffusionImg2ImgPipeline(**parts), diffusers.StableDiffusionInpaintPipeline(**parts)
+    want += img2img(PROMPT, image=image, strength=0.7, generator=generator(), **options).images
+    sizes = dict(height=128, width=128, strength=1.0)
+    want += fill(PROMPT, image=image, mask_image=mask, generator=generator(), **sizes, **options).images
+    options["progress"] = False
+    got = text_to_image(model, PROMPT, **options) + image_to_image(model, image, PROMPT, 0.7, **options)
+    got += inpaint(model, image, mask, PROMPT, **options)
+    for a, b, part in zip(got, want, (slice(None), slice(None), slice(64, None)), strict=True):
+        assert abs(numbers(a) - numbers(b))[:, part].max() <= 2
+        assert numbers(a).std() > 20
+
+
 def test_encode_prompt_is_that_of_diffusers(pipe, tiny_model):
     prompts = [PROMPT, "", "a boat"]
     want = pipe.encode_prompt(prompts, "cpu", 1, False)[0]

@@ -482,3 +482,45 @@ def test_wrong_configurations_get_one_sentence(make, message):
     with pytest.raises(ValueError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+# At the real sizes
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize(
+    "config",
+    [UNetConfig.sd15(), UNetConfig(in_channels=9, cross_attention_dim=768), ControlNetConfig(), VAEConfig.sd15(),
+     TextConfig.sd15()],
+    ids=["unet", "unet for inpainting", "controlnet", "vae", "text"],
+)  # fmt: skip
+def test_stable_diffusion_at_its_real_size_equals_the_libraries(config):
+    """Random weights, float32, 512 x 512: the largest difference, to be seen with -s."""
+    torch.manual_seed(0)
+    theirs = library(config).eval()
+    with torch.device("meta"):
+        ours = build(config).eval()
+    ours.load_state_dict(theirs.state_dict(), assign=True)  # the same memory twice
+    unet = getattr(config, "unet", config)
+    x, text = torch.randn(1, getattr(unet, "in_channels", 4), 64, 64), torch.randn(1, 77, 768)
+    with torch.no_grad():
+        if isinstance(config, UNetConfig):
+            pairs = [(ours(x, 981, text), theirs(x, 981, text).sample)]
+        elif isinstance(config, ControlNetConfig):
+            for p in [*ours.controlnet_down_blocks.parameters(), *ours.controlnet_mid_block.parameters()]:
+                p.normal_(0, 0.02)
+            picture = torch.rand(1, 3, 512, 512)
+            down, middle = theirs(x, 981, text, picture, return_dict=False)
+            pairs = zip(ours(x, 981, text, picture), [*down, middle], strict=True)
+        elif isinstance(config, VAEConfig):
+            picture = torch.rand(1, 3, 512, 512) * 2 - 1
+            pairs = [(ours.encode(picture).mode(), theirs.encode(picture).latent_dist.mode())]
+            z = torch.randn(1, 4, 64, 64)
+            pairs += [(ours.decode(z), theirs.decode(z).sample)]
+        else:
+            ids = torch.randint(3, 49405, (2, 77))
+            ids[:, 40:] = config.eos_token_id
+            pairs = [(ours(ids), theirs(ids).last_hidden_state)]
+    for a, b in pairs:
+        print(f"{type(config).__name__}: {tuple(a.shape)}, largest difference {(a - b).abs().max():.1e}")
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
