@@ -5,13 +5,15 @@
     python -m ldm_lessons.bench --device cuda --dtype bfloat16 --compile
 
 The two take turns, so that whatever else the machine does meets both; times are medians, and the ratio is the median of
-the turns' own ratios (below 1: ours is faster). Run it on a quiet machine.
+the turns' own ratios (below 1: ours is faster). `of peak` is the share of the device's own rate of matrix products,
+measured first, at which our network computes. Run it on a quiet machine.
 """
 
 import argparse
 import contextlib
 import copy
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -23,6 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_lessons import generate, models
 from ldm_lessons.machine import peak_memory_gb, pick_device, pick_dtype
@@ -54,9 +58,14 @@ def our_model(size: str, device: torch.device, dtype: torch.dtype) -> LatentDiff
 
 def their_pipe(size: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The same in diffusers' pipeline."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    for talk in (diffusers.utils.logging, transformers.utils.logging):  # the table is what this command says
+        talk.set_verbosity_error()
+        talk.disable_progress_bar()
     pipe = StableDiffusionPipeline.from_pretrained(models.POCKET)
     if size == "sd15":
         torch.manual_seed(0)
@@ -122,6 +131,30 @@ def whole_pictures(ours: LatentDiffusion, pipe: Any) -> Iterator[tuple[str, Call
         )
 
 
+def matrix_rate(device: torch.device, dtype: torch.dtype, wait: Call) -> float:
+    """Floating-point operations per second of a large matrix product, the best of ten: what the device can do."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(10):
+        wait()
+        began = time.perf_counter()
+        torch.mm(a, b)
+        wait()
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+def operations(call: Call) -> int:
+    """Floating-point operations of the products and convolutions of a call; a multiplication and its addition are two.
+
+    The call runs once, with plain attention: the fused kernels do the same products but not all are counted.
+    """
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.inference_mode():
+        call()
+    return counter.get_total_flops()
+
+
 def take_turns(mine: Call, theirs: Call, repeats: int, wait: Call) -> dict[str, float]:
     """Median milliseconds of both, and the median of the turns' ratios; the first turn warms up."""
     times: list[tuple[float, float]] = []
@@ -140,24 +173,24 @@ def take_turns(mine: Call, theirs: Call, repeats: int, wait: Call) -> dict[str, 
     return {"ours_ms": statistics.median(a), "theirs_ms": statistics.median(b), "ratio": ratio}
 
 
-def memory(size: str) -> dict[str, float]:
-    """Peak megabytes of a process that makes one picture with our code, and of one with diffusers'."""
+def memory(size: str, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Peak megabytes (of the GPU's memory, if there is one) to make one picture in a process of its own, each side."""
     found = {}
+    where = ["--device", device.type, "--dtype", str(dtype).removeprefix("torch.")]
     for side in ("ours", "theirs"):
-        command = [sys.executable, "-m", "ldm_lessons.bench", "--size", size, "--alone", side]
+        command = [sys.executable, "-m", "ldm_lessons.bench", "--size", size, "--alone", side, *where]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found[f"{side}_mb"] = float(done.stdout.split()[-1])
     return found | {"ratio": found["ours_mb"] / found["theirs_mb"]}
 
 
-def alone(size: str, side: str) -> None:
-    """Make one picture with one side's code, and print this process's peak memory in megabytes."""
-    where = (size, torch.device("cpu"), torch.float32)
+def alone(size: str, side: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Make one picture with one side's code, and print its peak memory in megabytes."""
     if side == "ours":
-        generate.text_to_image(our_model(*where), PROMPT, num_inference_steps=2, progress=False)
+        generate.text_to_image(our_model(size, device, dtype), PROMPT, num_inference_steps=2, progress=False)
     else:
-        their_pipe(*where)(PROMPT, num_inference_steps=2)
-    print(1024 * peak_memory_gb())
+        their_pipe(size, device, dtype)(PROMPT, num_inference_steps=2)
+    print(torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 1024 * peak_memory_gb())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -167,30 +200,41 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: what suits the device)")
     parser.add_argument("--compile", action="store_true", help="torch.compile both U-Nets and VAEs")
-    parser.add_argument("--only", default="", help="lines whose name holds this word")
+    parser.add_argument("--only", default="", help="only lines whose name holds this word")
     parser.add_argument("--json", type=Path, help="write the table there too")
     parser.add_argument("--alone", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    if args.alone:
-        return alone(args.size, args.alone)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    if args.alone:
+        return alone(args.size, args.alone, device, dtype)
     ours, pipe = our_model(args.size, device, dtype), their_pipe(args.size, device, dtype)
+    wait = torch.cuda.synchronize if device.type == "cuda" else contextlib.nullcontext
+    rate = matrix_rate(device, dtype, wait)
+    work = {what: operations(mine) for what, mine, _ in parts(ours, pipe) if args.only in what}
     if args.compile:
         for model in (ours, pipe):
             model.unet, model.vae.decoder = torch.compile(model.unet), torch.compile(model.vae.decoder)
-    wait = torch.cuda.synchronize if device.type == "cuda" else contextlib.nullcontext
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    print(f"{args.size}, {name}, {str(dtype).removeprefix('torch.')}{', compiled' * args.compile}: ms")
-    print(f"{'':26}{'ours':>10}{'theirs':>10}{'ratio':>8}")
-    rows = {}
+    print(f"{args.size}, {name}, {str(dtype).removeprefix('torch.')}{', compiled' * args.compile}", end="")
+    print(f"; {rate / 1e12:.2f} Tflop/s in matrix products; milliseconds:")
+    print(f"{'':26}{'ours':>10}{'theirs':>10}{'ratio':>8}{'of peak':>9}")
+    rows: dict[str, dict] = {"matrix products": {"flops_per_second": rate}}
     for group in (parts(ours, pipe), trajectories(ours), whole_pictures(ours, pipe)):
         for what, mine, theirs in group:
-            if args.only in what:
-                rows[what] = row = take_turns(mine, theirs, args.repeats, wait)
-                print(f"{what:26}{row['ours_ms']:10.2f}{row['theirs_ms']:10.2f}{row['ratio']:8.2f}", flush=True)
-    if device.type == "cpu" and args.only in "memory":
-        rows["memory"] = row = memory(args.size)
+            if args.only not in what:
+                continue
+            rows[what] = row = take_turns(mine, theirs, args.repeats, wait)
+            line = f"{what:26}{row['ours_ms']:10.2f}{row['theirs_ms']:10.2f}{row['ratio']:8.2f}"
+            if what in work:
+                row["of_peak"] = work[what] / (row["ours_ms"] / 1000) / rate
+                line += f"{row['of_peak']:9.2f}"
+            if what.startswith("picture"):
+                row["per_second"] = 1000 / row["ours_ms"]
+                line += f"{row['per_second']:9.2f} a second"
+            print(line, flush=True)
+    if args.only in "memory":
+        rows["memory"] = row = memory(args.size, device, dtype)
         print(f"{'memory, MB':26}{row['ours_mb']:10.0f}{row['theirs_mb']:10.0f}{row['ratio']:8.2f}")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")

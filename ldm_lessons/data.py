@@ -4,6 +4,8 @@ Columns everywhere: `image` (a `datasets.Image`), `text`. Scenes add `seed`, `me
 `scene` (the attributes) and, when asked for, `map` (the semantic map as a picture of label indices).
 """
 
+import functools
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -18,8 +20,17 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def scene_rows(seeds: Sequence[int], size: int, wording: int = 0, maps: bool = False) -> Iterator[dict]:
-    """One row a scene; `wording` picks among its captions."""
+@functools.cache
+def drawing_code() -> str:
+    """A short name for the code that makes the scenes, as it is now: caches bear it, so they never outlive the code."""
+    files = sorted(Path(scenes.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
+
+
+def scene_rows(
+    seeds: Sequence[int], size: int, wording: int = 0, maps: bool = False, code: str | None = None
+) -> Iterator[dict]:
+    """One row a scene; `wording` picks among its captions. `code` only tells one cache from another."""
     from PIL import Image
 
     for seed in seeds:
@@ -61,7 +72,13 @@ def scene_dataset(
     return datasets.Dataset.from_generator(
         scene_rows,
         features=datasets.Features(columns),
-        gen_kwargs={"seeds": list(scenes.SPLITS[split][:count]), "size": size, "wording": wording, "maps": maps},
+        gen_kwargs={
+            "seeds": list(scenes.SPLITS[split][:count]),
+            "size": size,
+            "wording": wording,
+            "maps": maps,
+            "code": drawing_code(),
+        },
         num_proc=processes if processes > 1 else None,
     )
 
@@ -123,7 +140,7 @@ def pictures(seeds: Sequence[int], size: int, folder: Path, processes: int | Non
 
     from tqdm.auto import tqdm
 
-    target = folder / f"pictures-{seeds[0]}-{len(seeds)}-{size}.npy"
+    target = folder / f"pictures-{drawing_code()}-{seeds[0]}-{len(seeds)}-{size}.npy"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         aside = target.with_name(f"{target.stem}.{os.getpid()}.part")

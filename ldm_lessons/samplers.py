@@ -157,7 +157,7 @@ def _level(sigma: float) -> tuple[float, float]:
 def _transfer(x: Tensor, eps: Tensor, sigma: float, sigma_next: float) -> Tensor:
     """DDIM's step (arXiv:2010.02502 eq. (13)), shared by most: x at sigma_next, along eps; exact for a constant one."""
     a, a_next = _level(sigma)[0], _level(sigma_next)[0]
-    return (a_next / a) * x + (a_next * (sigma_next - sigma)) * eps
+    return torch.add((a_next / a) * x, eps, alpha=a_next * (sigma_next - sigma))
 
 
 def randn(shape: Sequence[int], generator: Generators = None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -292,8 +292,8 @@ class PNDM(_Sampler):
         """One network call's worth of a step, all (B, ...): x at the level of the next of `timesteps`."""
         i, out, x = self._begin(model_output, timestep, sample)
         sigma, sigma_next, call = self._sigmas[i], self._sigmas[i + 1], self._calls[i]
-        a, s = _level(sigma)
-        x0, eps = (to(out, x, a, s, self.config.prediction_type) for to in (to_x0, to_eps))
+        eps = to_eps(out, x, *_level(sigma), self.config.prediction_type)
+        x0 = _transfer(x, eps, sigma, 0.0)
         if not call:  # the first call of a round, or one that is alone: its eps is remembered
             self._history = [*self._history, eps][-self.memory :]
         if call == 0:
@@ -302,7 +302,7 @@ class PNDM(_Sampler):
             eps = _adams_bashforth(self._history)
         elif self._held is not None:  # else the first step is in the middle of a round, and follows its own eps
             x, sigma, total = self._held
-            total = total + self.warm_up[call] * eps
+            total = torch.add(total, eps, alpha=self.warm_up[call])
             self._held = (x, sigma, total)
             eps = total if call == len(self.warm_up) - 1 else eps
         x = _transfer(x, eps, sigma, sigma_next)

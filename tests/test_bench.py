@@ -40,9 +40,20 @@ def test_both_sides_compute_the_same():
             assert mine().shape == theirs().shape, name
 
 
+def test_operations_are_those_of_the_products_and_convolutions():
+    a, b = torch.randn(3, 5), torch.randn(5, 7)
+    assert bench.operations(lambda: a @ b) == 2 * 3 * 5 * 7
+    conv, x = torch.nn.Conv2d(4, 6, 3, padding=1), torch.randn(2, 4, 8, 8)
+    assert bench.operations(lambda: conv(x).relu()) == 2 * 2 * 6 * 8 * 8 * 4 * 3 * 3
+    q = torch.randn(1, 2, 10, 4)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    assert bench.operations(lambda: attention(q, q, q)) == 2 * (2 * 2 * 10 * 10 * 4)
+
+
 def test_the_command_writes_its_table(tmp_path, capsys):
     bench.main(["--only", "text encoder", "--repeats", "1", "--device", "cpu", "--json", str(tmp_path / "table.json")])
-    (row,) = json.loads((tmp_path / "table.json").read_text()).values()
-    assert set(row) == {"ours_ms", "theirs_ms", "ratio"} and min(row.values()) > 0
+    rate, row = json.loads((tmp_path / "table.json").read_text()).values()
+    assert set(row) == {"ours_ms", "theirs_ms", "ratio", "of_peak"} and min(row.values()) > 0
+    assert rate["flops_per_second"] > 1e9 and row["of_peak"] < 1
     assert "text encoder" in capsys.readouterr().out
-    assert bench.memory("pocket")["ours_mb"] > 100
+    assert bench.memory("pocket", torch.device("cpu"), torch.float32)["ours_mb"] > 100

@@ -34,6 +34,14 @@ def test_drawing_is_cached_and_parallel_drawing_is_the_same() -> None:
     assert beside["text"][:] == first["text"][:] and beside["seed"][:] == first["seed"][:]
 
 
+def test_no_cache_outlives_the_code_that_drew_it(tmp_path, monkeypatch) -> None:
+    before = data.scene_dataset("test", 2, 32), data.pictures(range(2), 32, tmp_path, processes=1)
+    monkeypatch.setattr(data, "drawing_code", lambda: "another")
+    assert data.scene_dataset("test", 2, 32).cache_files != before[0].cache_files
+    data.pictures(range(2), 32, tmp_path, processes=1)
+    assert len(list(tmp_path.glob("pictures-*.npy"))) == 2
+
+
 def test_a_local_folder_takes_the_same_call(tmp_path) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()

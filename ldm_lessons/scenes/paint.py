@@ -334,13 +334,13 @@ def _lake(c: Canvas, dice: Dice, horizon: float, sky: tuple, sun_x: float) -> No
 
 def _birds(c: Canvas, scene: Scene, dice: Dice) -> None:
     flying = {o.place for o in scene.objects if o.kind == "balloon"}
-    x0 = dice.choice([x for p, x in (("left", 0.2), ("middle", 0.5), ("right", 0.8)) if p not in flying])
+    x0 = dice.choice([x for p, x in (("left", 0.25), ("middle", 0.5), ("right", 0.75)) if p not in flying])
     y0, lean = dice.uniform(0.14, 0.26), dice.uniform(-0.05, 0.05)
     c.label = "bird"
     colour = (226, 230, 244) if c.night else (40, 42, 58)
-    spread = {1: [(0.0, 0.0)], 2: [(-0.08, 0.0), (0.08, lean)], 3: [(-0.125, 0.02), (0.0, -0.045), (0.125, 0.03)]}
+    spread = {1: [(0.0, 0.0)], 2: [(-0.1, 0.0), (0.1, lean)], 3: [(-0.16, 0.03), (0.0, -0.055), (0.16, 0.04)]}
     for dx, dy in spread.get(scene.birds, []):
-        x, y, w = x0 + dx, y0 + dy, 0.056
+        x, y, w = x0 + dx, y0 + dy, 0.08
         flap = dice.uniform(0.6, 0.85)
         wing = [(0, 0.012), (0.5, -0.5 * flap), (1.0, -0.3 * flap), (0.55, -0.16 * flap), (0, 0.3)]
         for side in (-1, 1):
@@ -350,12 +350,13 @@ def _birds(c: Canvas, scene: Scene, dice: Dice) -> None:
 def _falling(c: Canvas, scene: Scene, dice: Dice) -> None:
     if c.as_labels:
         return
+    coarse = scene.style in ("pixel art", "pencil sketch")  # every drop fills a block, or is drawn round
     if scene.weather == "rain":
         drop = (170, 190, 228, 150) if c.night else (226, 236, 250, 170)
-        for _ in range(46):
+        for _ in range(24 if coarse else 46):
             x, y, length = dice.uniform(-0.05, 1.1), dice.uniform(-0.05, 1), dice.uniform(0.05, 0.085)
             c.line([(x, y), (x - 0.3 * length, y + length)], 0.009, drop, lit=True)
     else:
-        for _ in range(55):
+        for _ in range(24 if coarse else 55):
             x, y, r = dice.random(), dice.random(), dice.uniform(0.009, 0.0145)
             c.oval(x, y, r, r, (255, 255, 255, 235), lit=True)
