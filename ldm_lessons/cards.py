@@ -21,7 +21,8 @@ WHAT = {
 LIMITS = """The models know this one world and its words. Places, sizes and counts are obeyed less often than sky,
 ground and colour; small things (birds, stars, rain, windows) come out soft. What the judge misses on drawn pictures
 (the last column) it cannot count in the model's either. Pictures other than 128 × 128 are outside what they were
-trained on."""
+trained on. The VAE, CLIP and the U-Net learnt from an earlier drawing of the world, with smaller birds and, in pixel
+art and pencil, denser rain and snow; the judge, the scores and the data set here are of today's."""
 
 
 def record(name: str, facts: dict) -> None:

@@ -131,9 +131,8 @@ def peak_memory_gb() -> float:
         import resource
     except ImportError:  # Windows
         return psutil.Process().memory_info().peak_wset / 2**30
-    with contextlib.suppress(
-        OSError, TypeError
-    ):  # on Linux; ru_maxrss there may be that of the process that started this one
+    # on Linux first of all; ru_maxrss there may be that of the process that started this one
+    with contextlib.suppress(OSError, TypeError):
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         return int(found[1]) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere

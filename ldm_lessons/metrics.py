@@ -96,7 +96,7 @@ class Judge(nn.Module):
         return self.heads(self.features(pictures))
 
     def loss(self, logits: Tensor, truth: Tensor) -> Tensor:
-        """Mean over the heads of cross-entropy, birds (the hardest) five times; `truth` (B, heads)."""
+        """Mean over the heads of cross-entropy, birds (small, and one head of many) five times; `truth` (B, heads)."""
         parts = logits.float().split([len(o) for o in HEADS.values()], 1)
         losses = [
             (5 if name == "birds" else 1) * F.cross_entropy(p, truth[:, i], ignore_index=NOT_THERE)

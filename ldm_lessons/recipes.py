@@ -257,7 +257,8 @@ def reconstruction_loss(built: Tensor, wanted: Tensor) -> Tensor:
 def likeness(judge: nn.Module, built: Tensor, wanted: Tensor) -> Tensor:
     """Squared distance between what the judge's layers see in two pictures in [-1, 1] (as in arXiv:1801.03924 eq. (1)).
 
-    It counts a thing's shape and colour for as much as the sky behind it, where pixels would count the sky alone.
+    The layers are those at 32 x 32, 16 x 16 and 8 x 8. It is added to the pixels' own error, in which small things
+    hardly count.
     """
     total = torch.zeros((), device=wanted.device)
     for layers in (judge.stem, judge.body[:4], judge.body[4:]):

@@ -240,12 +240,12 @@ def way_down(net: nn.Module, x: Tensor, t: Tensor | float, text: Tensor) -> tupl
 
 def check_inputs(config: UNetConfig, sample: Tensor, text: Tensor) -> None:
     """Raises ValueError where the latents or the text do not fit the configuration."""
-    channels, f, wanted = config.in_channels, config.downscale, (sample.shape[0], "L", config.cross_attention_dim)
+    channels, f, width = config.in_channels, config.downscale, config.cross_attention_dim
     if sample.ndim != 4 or sample.shape[1] != channels:
         raise ValueError(f"The U-Net takes latents of shape (B, {channels}, H, W), but got {tuple(sample.shape)}.")
     h, w = sample.shape[2:]
     if h % f or w % f:
         raise ValueError(f"The latent is {h}x{w}, but height and width must be multiples of {f}.")
-    if text.ndim != 3 or (text.shape[0], "L", text.shape[2]) != wanted:
-        shape = f"({wanted[0]}, L, {wanted[2]})"
+    if text.ndim != 3 or text.shape[::2] != (len(sample), width):
+        shape = f"({len(sample)}, L, {width})"
         raise ValueError(f"The U-Net takes text of shape {shape} with these latents, but got {tuple(text.shape)}.")
