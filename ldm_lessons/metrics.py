@@ -1,196 +1,27 @@
-"""The judge: a small classifier of scenes that turns "does the picture obey its prompt" into a number.
+"""How good a model that makes scenes is, in numbers that can be had again:
 
-Every attribute of the world is one head. For each kind of object there are three: its place (or "absent"), its colour
-and its size; the last two only count where the object is there. Pictures are (B, 3, 128, 128) in [0, 1].
+    python -m ldm_lessons.metrics               # the pocket model: data/pocket/scores.json
+    python -m ldm_lessons.metrics --grid 96     # and how guidance, steps and samplers change it
+
+What it measures with are the judge (does the picture show what its prompt says?), the Fréchet distance in the judge's
+features (do all pictures together look like the drawn ones?) and the nearest training scene (is it a copy?).
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm_lessons.scenes.world import (
-    BACKDROPS,
-    COLOURED,
-    COLOURS,
-    GROUNDS,
-    KINDS,
-    PLACES,
-    SIZES,
-    STYLES,
-    TIMES,
-    WEATHERS,
-    Scene,
-)
+from ldm_lessons import scenes
+from ldm_lessons.judge import Judge, pictures_to_tensor, score
 
-HEADS: dict[str, tuple] = {
-    "time": TIMES,
-    "weather": WEATHERS,
-    "ground": GROUNDS,
-    "backdrop": BACKDROPS,
-    "birds": (0, 1, 2, 3),
-    "style": STYLES,
-    **{kind: ("absent", *PLACES) for kind in KINDS},
-    **{f"{kind}.colour": COLOURS for kind in KINDS if kind in COLOURED},
-    **{f"{kind}.size": SIZES for kind in KINDS},
-}
-NOT_THERE = -100  # the label of a colour or size that has no object; cross_entropy skips it
-
-
-def labels(scene: Scene) -> list[int]:
-    """The right class of each head, in the order of `HEADS`; `NOT_THERE` where there is nothing to tell."""
-    truth: dict[str, object] = {
-        k: getattr(scene, k) for k in ("time", "weather", "ground", "backdrop", "birds", "style")
-    }
-    truth |= {kind: "absent" for kind in KINDS}
-    for o in scene.objects:
-        truth |= {o.kind: o.place, f"{o.kind}.colour": o.colour, f"{o.kind}.size": o.size}
-    return [options.index(truth[n]) if truth.get(n) in options else NOT_THERE for n, options in HEADS.items()]
-
-
-@dataclass(frozen=True)
-class JudgeConfig:
-    """How wide the judge is; read and written like a transformers configuration."""
-
-    width: int = 32
-
-    @classmethod
-    def from_transformers(cls, config: Mapping[str, int]) -> "JudgeConfig":
-        return cls(config["width"])
-
-    def to_transformers(self) -> dict:
-        return {"model_type": "scene_judge", "width": self.width}
-
-
-class Judge(nn.Module):
-    """A convolutional classifier: pictures (B, 3, 128, 128) in [0, 1] -> logits of all heads (B, sum of options)."""
-
-    config_class = JudgeConfig
-
-    def __init__(self, config: JudgeConfig | None = None):
-        super().__init__()
-        self.config = config or JudgeConfig()
-        w = self.config.width
-        self.stem = nn.Sequential(nn.Conv2d(3, w, 4, 4), nn.GroupNorm(4, w), nn.SiLU(), *_layer(w, w))  # 32 x 32
-        self.body = nn.Sequential(
-            _Residual(w), nn.Conv2d(w, 2 * w, 2, 2), _Residual(2 * w), _Residual(2 * w),  # 16 x 16
-            nn.Conv2d(2 * w, 4 * w, 2, 2), _Residual(4 * w), _Residual(4 * w),  # 8 x 8
-        )  # fmt: skip
-        self.pool = nn.Sequential(nn.Conv2d(4 * w, 96, 1), nn.GroupNorm(4, 96), nn.SiLU())
-        self.features_out = nn.Sequential(nn.Linear(96 * 64, 256), nn.SiLU())  # where a thing is matters: no averaging
-        self.heads = nn.Linear(256 + 4 * w, sum(map(len, HEADS.values())))
-
-    def features(self, pictures: Tensor) -> Tensor:
-        """(B, 256 + 4 width): what the heads read, and what the FID compares."""
-        if pictures.ndim != 4 or pictures.shape[1:] != (3, 128, 128):
-            raise ValueError(f"the judge looks at pictures of shape (B, 3, 128, 128), not {tuple(pictures.shape)}")
-        h = self.body(self.stem(pictures * 2 - 1))
-        return torch.cat([self.features_out(self.pool(h).flatten(1)), h.mean((2, 3))], 1)
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.heads(self.features(pictures))
-
-    def loss(self, logits: Tensor, truth: Tensor) -> Tensor:
-        """Mean over the heads of cross-entropy, birds (small, and one head of many) five times; `truth` (B, heads)."""
-        parts = logits.float().split([len(o) for o in HEADS.values()], 1)
-        losses = [
-            (5 if name == "birds" else 1) * F.cross_entropy(p, truth[:, i], ignore_index=NOT_THERE)
-            for i, (name, p) in enumerate(zip(HEADS, parts, strict=True))
-            if (truth[:, i] >= 0).any()
-        ]
-        return torch.stack(losses).mean()
-
-    @torch.inference_mode()
-    def look(self, pictures: Tensor, batch: int = 64) -> dict[str, Tensor]:
-        """Probabilities of every head's options, each (N, options)."""
-        where = next(self.parameters())
-        logits = torch.cat([self(p.to(where.device, where.dtype)).float().cpu() for p in pictures.split(batch)])
-        parts = logits.split([len(o) for o in HEADS.values()], 1)
-        return {name: part.softmax(1) for name, part in zip(HEADS, parts, strict=True)}
-
-    @classmethod
-    def load(cls, folder: Path | None = None) -> "Judge":
-        """The trained judge from `folder` (by default the one that comes with the course)."""
-        from ldm_lessons.machine import data_dir
-        from ldm_lessons.weights import load_model
-
-        return load_model(cls, None, folder or data_dir() / "judge")
-
-
-def _layer(c_in: int, c_out: int) -> list[nn.Module]:
-    return [nn.Conv2d(c_in, c_out, 3, padding=1), nn.GroupNorm(8, c_out), nn.SiLU()]
-
-
-class _Residual(nn.Module):
-    def __init__(self, c: int):
-        super().__init__()
-        self.layers = nn.Sequential(*_layer(c, c), nn.Conv2d(c, c, 3, padding=1), nn.GroupNorm(8, c))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(x + self.layers(x))
-
-
-def pictures_to_tensor(pictures: Iterable) -> Tensor:
-    """PIL pictures or uint8 arrays (H, W, 3) -> (N, 3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).float() / 255
-
-
-@dataclass
-class Score:
-    """How often pictures showed what was asked: `counts[name]` is (right, asked)."""
-
-    counts: dict[str, tuple[int, int]]
-    all_right: tuple[int, int]
-
-    def accuracy(self, name: str) -> float:
-        right, asked = self.counts[name]
-        return right / asked if asked else float("nan")
-
-    def to_dict(self) -> dict:
-        rows = {n: {"right": r, "asked": a, "accuracy": round(r / a, 4)} for n, (r, a) in self.counts.items() if a}
-        right, asked = self.all_right
-        return {"attributes": rows, "all_right": {"right": right, "asked": asked, "accuracy": round(right / asked, 4)}}
-
-
-GROUPS = ("time", "weather", "ground", "backdrop", "birds", "style", "object", "place", "colour", "size")
-
-
-def score(
-    judge: Judge, pictures: Tensor, scenes: Sequence[Scene], mentions: Sequence[Iterable[str]] | None = None
-) -> Score:
-    """Hold each picture to its scene, in what its caption mentions (everything, where `mentions` is None).
-
-    An object asked for counts as right when the judge sees its kind anywhere; place, colour and size have their own
-    counts.
-    """
-    seen = {name: p.argmax(1) for name, p in judge.look(pictures).items()}
-    counts = {group: [0, 0] for group in GROUPS}
-    whole = 0
-    for i, scene in enumerate(scenes):
-        truth = dict(zip(HEADS, labels(scene), strict=True))
-        asked = set(mentions[i]) if mentions is not None else {n for n, label in truth.items() if label >= 0}
-        fine = True
-        for name in asked:
-            kind, _, part = name.partition(".")
-            if kind in KINDS and not part:
-                checks = [("object", (int(seen[kind][i]) > 0) == (truth[kind] > 0))]
-                if mentions is None:
-                    checks += [("place", int(seen[kind][i]) == truth[kind])] * (truth[kind] > 0)
-            elif part == "place":
-                checks = [("place", int(seen[kind][i]) == truth[kind])]
-            else:
-                checks = [(part or name, int(seen[name][i]) == truth[name])]
-            for group, right in checks:
-                counts[group][0] += right
-                counts[group][1] += 1
-                fine &= right
-        whole += fine
-    return Score({k: (r, a) for k, (r, a) in counts.items()}, (whole, len(scenes)))
+PARTS = {"prompts": ("test", 0), "paraphrases": ("test", 5), "composition": ("composition", 0)}  # split, wording
+GUIDANCE, STEPS = (1.0, 3.0, 5.0, 7.5), (5, 10, 20, 50)
+DRAWN = 40_000  # training scenes in which the nearest is looked for
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
@@ -207,62 +38,126 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
-def judge_model(
-    name: str = "pocket", count: int = 1000, *, steps: int = 20, guidance_scale: float = 5.0, batch: int = 16
-) -> dict:
-    """Score a model that makes scenes: pictures of `count` unseen prompts, held to what each prompt says.
+def nearest(pictures: Tensor, among: Tensor, batch: int = 2048) -> tuple[Tensor, Tensor]:
+    """The nearest row of `among` for each of `pictures`, and how far it is: root mean square difference, index (N,).
 
-    "prompts" come from the test split, "composition" (a third as many) from combinations that training never showed.
-    "drawn" is the judge's own accuracy on the drawn test scenes, "vae" the same after encoding and decoding: the floor
-    and ceiling of everything else. Seeds count from 0, so the result can be had again.
+    Both are (N, ...) with equal shapes behind; `among` may be uint8, which stands for [0, 1].
     """
-    import time
+    x = pictures.flatten(1).float()
+    best, index = torch.full((len(x),), float("inf")), torch.zeros(len(x), dtype=torch.long)
+    for start in range(0, len(among), batch):
+        y = among[start : start + batch].flatten(1)
+        y = y.float() / 255 if y.dtype == torch.uint8 else y.float()
+        found, where = torch.cdist(x, y).min(1)
+        index = torch.where(found < best, where + start, index)
+        best = best.minimum(found)
+    return best / x.shape[1] ** 0.5, index
 
+
+@torch.inference_mode()
+def features(judge: Judge, pictures: Tensor, batch: int = 64) -> Tensor:
+    """What the judge's heads read in `pictures` (N, 3, 128, 128): (N, 384), for the Fréchet distance."""
+    return torch.cat([judge.features(p) for p in pictures.split(batch)])
+
+
+def make(
+    model: Any, texts: Sequence[str], label: str, *, steps: int = 20, guidance_scale: float = 5.0,
+    sampler: str = "dpmpp_2m", batch: int = 16,
+) -> tuple[Tensor, float]:  # fmt: skip
+    """Pictures (N, 3, 128, 128) in [0, 1] of all `texts`, picture i with seed i, and the seconds that one took."""
     from tqdm.auto import tqdm
 
-    from ldm_lessons import generate, models, scenes
+    from ldm_lessons import generate
+
+    made, began = [], time.perf_counter()
+    with tqdm(total=len(texts), desc=label) as bar:
+        for i in range(0, len(texts), batch):
+            some = list(texts[i : i + batch])
+            made += generate.text_to_image(
+                model, some, num_inference_steps=steps, guidance_scale=guidance_scale, sampler=sampler,
+                generator=[torch.Generator().manual_seed(k) for k in range(i, i + len(some))], progress=False,
+            )  # fmt: skip
+            bar.update(len(some))
+    return pictures_to_tensor(made), (time.perf_counter() - began) / len(texts)
+
+
+def grid(model: Any, judge: Judge, count: int) -> list[dict]:
+    """Guidance by steps, and every sampler at 20 steps: accuracy of everything and of objects, on `count` prompts."""
+    from ldm_lessons import samplers
+
+    asked, told = _prompts("test", 0, count)
+    cells = [("dpmpp_2m", steps, g) for steps in STEPS for g in GUIDANCE]
+    cells += [(name, 20, 5.0) for name in samplers.SAMPLERS if name != "dpmpp_2m"]
+    rows = []
+    for name, steps, g in cells:
+        label = f"{name}, {steps} steps, guidance {g}"
+        shown, seconds = make(
+            model, [t.text for t in told], label, steps=steps, guidance_scale=g, sampler=name, batch=32
+        )
+        found = score(judge, shown, asked, [t.mentions for t in told])
+        rows.append({
+            "sampler": name, "steps": steps, "guidance_scale": g, "count": count,
+            "all_right": round(found.all_right[0] / count, 4), "object": round(found.accuracy("object"), 4),
+            "seconds": round(seconds, 3),
+        })  # fmt: skip
+    return rows
+
+
+def judge_model(
+    name: str | Path = "pocket", count: int = 1000, *, steps: int = 20, guidance_scale: float = 5.0, cells: int = 0,
+    runs: Path = Path("runs"),
+) -> dict:  # fmt: skip
+    """Score a model that makes scenes: pictures of `count` unseen prompts, held to what each prompt says.
+
+    "prompts" come from the test split, "paraphrases" say the same scenes in other words, "composition" (a third as
+    many) asks for combinations that training never showed. "drawn" is the judge's own accuracy on the drawn test
+    scenes, "vae" the same after encoding and decoding: the ceiling of everything else. `cells` prompts, if any, go into
+    each cell of "grid". Seeds count from 0, so the result can be had again.
+    """
+    from ldm_lessons import data, generate, models
 
     judge, model = Judge.load(), models.load(name)
     result: dict = {"count": count, "steps": steps, "guidance_scale": guidance_scale, "sampler": "dpmpp_2m"}
-    looks: dict[str, Tensor] = {}
-    for part, split, n in (("prompts", "test", count), ("composition", "composition", count // 3)):
-        asked = [scenes.sample_scene(i, split) for i in range(n)]
-        told = [scenes.caption_with_mentions(s, 0) for s in asked]
-        made, began = [], time.perf_counter()
-        with tqdm(total=n, desc=part) as bar:
-            for i in range(0, n, batch):
-                texts = [t.text for t in told[i : i + batch]]
-                made += generate.text_to_image(
-                    model, texts, num_inference_steps=steps, guidance_scale=guidance_scale, seed=i, progress=False
-                )
-                bar.update(len(texts))
-        seconds = (time.perf_counter() - began) / n
-        found = pictures_to_tensor(made)
-        result[part] = score(judge, found, asked, [t.mentions for t in told]).to_dict() | {"seconds": round(seconds, 3)}
-        if part == "prompts":
-            drawn = pictures_to_tensor(scenes.draw(s) for s in asked)
-            other = pictures_to_tensor(scenes.draw(scenes.sample_scene(count + i, split)) for i in range(count))
-            with torch.inference_mode():
-                rebuilt = [generate.decode(model, generate.encode(model, x)).cpu() for x in drawn.split(batch)]
-                looks = {
-                    key: torch.cat([judge.features(x) for x in pictures.split(batch)])
-                    for key, pictures in (
-                        ("drawn", drawn),
-                        ("other", other),
-                        ("vae", torch.cat(rebuilt)),
-                        ("made", found),
-                    )
-                }
-            mentions = [t.mentions for t in told]
-            result["drawn"] = score(judge, drawn, asked, mentions).to_dict()
-            result["vae"] = score(judge, torch.cat(rebuilt), asked, mentions).to_dict()
-            result["vae"]["psnr"] = round(psnr(torch.cat(rebuilt), drawn).mean().item(), 2)
-    result["fid"] = {k: round(frechet_distance(looks[k], looks["other"]), 3) for k in ("drawn", "vae", "made")}
+    made = {}
+    for part, (split, wording) in PARTS.items():
+        asked, told = _prompts(split, wording, count // 3 if part == "composition" else count)
+        made[part], seconds = make(model, [t.text for t in told], part, steps=steps, guidance_scale=guidance_scale)
+        found = score(judge, made[part], asked, [t.mentions for t in told])
+        result[part] = found.to_dict() | {"seconds": round(seconds, 3)}
+
+    asked, told = _prompts("test", 0, count)
+    mentions = [t.mentions for t in told]
+    seeds = scenes.SPLITS["test"]
+    drawn, other = (
+        torch.from_numpy(data.pictures(seeds[i : i + count], 128, runs / "cache")).float() / 255 for i in (0, count)
+    )
+    with torch.inference_mode():
+        rebuilt = torch.cat([generate.decode(model, generate.encode(model, x)).cpu() for x in drawn.split(16)])
+    result["drawn"] = score(judge, drawn, asked, mentions).to_dict()
+    result["vae"] = score(judge, rebuilt, asked, mentions).to_dict()
+    result["vae"]["psnr"] = round(psnr(rebuilt, drawn).mean().item(), 2)
+    real = features(judge, other)
+    result["fid"] = {
+        key: round(frechet_distance(features(judge, shown), real), 3)
+        for key, shown in (("drawn", drawn), ("vae", rebuilt), ("made", made["prompts"]))
+    }
+    trained = torch.from_numpy(data.pictures(scenes.SPLITS["train"][:DRAWN], 32, runs / "cache"))
+    result["nearest"] = {"among": DRAWN}
+    for key, shown in (("made", made["prompts"]), ("drawn", drawn)):
+        apart, _ = nearest(torch.nn.functional.avg_pool2d(shown, 4), trained)
+        result["nearest"][key] = {"median": round(apart.median().item(), 4), "least": round(apart.min().item(), 4)}
+    if cells:
+        result["grid"] = grid(model, judge, cells)
     rows = result["prompts"]["attributes"]
-    result["readme"] = {name: f"{100 * row['accuracy']:.0f} % of {row['asked']}" for name, row in rows.items()}
+    result["readme"] = {key: f"{100 * row['accuracy']:.0f} % of {row['asked']}" for key, row in rows.items()}
     whole = result["prompts"]["all_right"]
     result["readme"]["everything right"] = f"{100 * whole['accuracy']:.0f} % of {whole['asked']}"
     return result
+
+
+def _prompts(split: str, wording: int, count: int) -> tuple[list[scenes.Scene], list[scenes.Caption]]:
+    asked = [scenes.sample_scene(i, split) for i in range(count)]
+    return asked, [scenes.caption_with_mentions(s, wording) for s in asked]
 
 
 def write_json(path: Path, values: dict) -> None:
@@ -283,11 +178,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=1000, help="prompts (default: 1000)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=5.0)
+    parser.add_argument("--grid", type=int, default=0, metavar="N", help="prompts in each cell (default: no grid)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where drawn pictures are kept")
     args = parser.parse_args(arguments)
-    result = judge_model(args.name, args.count, steps=args.steps, guidance_scale=args.guidance_scale)
+    result = judge_model(
+        args.name, args.count, steps=args.steps, guidance_scale=args.guidance_scale, cells=args.grid, runs=args.runs
+    )
     if args.name == "pocket":
         write_json(data_dir() / "pocket" / "scores.json", result)
-    print(json.dumps(result["readme"] | {"fid": result["fid"]}, indent=1))
+    print(json.dumps(result["readme"] | {"fid": result["fid"], "nearest": result["nearest"]}, indent=1))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from ldm_lessons import judge as judging
 from ldm_lessons import metrics, scenes
 from ldm_lessons.machine import data_dir
 
@@ -15,12 +16,12 @@ class Oracle:
     """A judge that always sees the scenes it was made with."""
 
     def __init__(self, seen: list[scenes.Scene]):
-        self.truth = torch.tensor([metrics.labels(s) for s in seen])
+        self.truth = torch.tensor([judging.labels(s) for s in seen])
 
     def look(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
         return {
             name: torch.nn.functional.one_hot(self.truth[:, i].clamp_min(0), len(options)).float()
-            for i, (name, options) in enumerate(metrics.HEADS.items())
+            for i, (name, options) in enumerate(judging.HEADS.items())
         }
 
 
@@ -30,21 +31,21 @@ BLANK = torch.zeros(len(SOME), 3, 128, 128)
 
 
 def test_who_sees_the_truth_finds_all_right() -> None:
-    found = metrics.score(Oracle(SOME), BLANK, SOME, MENTIONS)
+    found = judging.score(Oracle(SOME), BLANK, SOME, MENTIONS)
     assert found.all_right == (120, 120)
     assert all(right == asked for right, asked in found.counts.values())
     assert found.counts["object"][1] == sum(len(s.objects) for s in SOME)
-    assert metrics.score(Oracle(SOME), BLANK, SOME).all_right == (120, 120)
+    assert judging.score(Oracle(SOME), BLANK, SOME).all_right == (120, 120)
 
 
 def test_each_mistake_is_counted_where_it_was_made() -> None:
     wrong = [replace(s, time="night" if s.time == "day" else "day") for s in SOME]
-    found = metrics.score(Oracle(wrong), BLANK, SOME, MENTIONS)
+    found = judging.score(Oracle(wrong), BLANK, SOME, MENTIONS)
     assert found.counts["time"][0] == 0 and found.accuracy("ground") == 1 == found.accuracy("place")
     told = sum("time" in m for m in MENTIONS)
     assert found.counts["time"] == (0, told) and found.all_right[0] == 120 - told
     bare = [replace(s, objects=()) for s in SOME]
-    missed = metrics.score(Oracle(bare), BLANK, SOME, MENTIONS)
+    missed = judging.score(Oracle(bare), BLANK, SOME, MENTIONS)
     assert missed.counts["object"][0] == 0 and missed.counts["place"][0] == 0
 
 
@@ -52,18 +53,18 @@ def test_another_place_is_still_the_object() -> None:
     elsewhere = {"left": "right", "right": "left", "middle": "left"}
     one = [s for s in SOME if len(s.objects) == 1]
     moved = [replace(s, objects=(replace(s.objects[0], place=elsewhere[s.objects[0].place]),)) for s in one]
-    found = metrics.score(Oracle(moved), BLANK[: len(one)], one)
+    found = judging.score(Oracle(moved), BLANK[: len(one)], one)
     assert found.accuracy("place") == 0 and found.accuracy("object") == 1 == found.accuracy("colour")
 
 
 def test_labels_name_what_is_drawn() -> None:
     for scene in SOME:
-        truth = dict(zip(metrics.HEADS, metrics.labels(scene), strict=True))
-        assert metrics.HEADS["time"][truth["time"]] == scene.time
+        truth = dict(zip(judging.HEADS, judging.labels(scene), strict=True))
+        assert judging.HEADS["time"][truth["time"]] == scene.time
         for kind in scenes.world.KINDS:
             here = [o for o in scene.objects if o.kind == kind]
-            assert metrics.HEADS[kind][truth[kind]] == (here[0].place if here else "absent")
-            assert (truth[f"{kind}.size"] == metrics.NOT_THERE) == (not here)
+            assert judging.HEADS[kind][truth[kind]] == (here[0].place if here else "absent")
+            assert (truth[f"{kind}.size"] == judging.NOT_THERE) == (not here)
 
 
 def test_psnr_of_a_known_error() -> None:
@@ -80,10 +81,10 @@ def test_frechet_distance_of_known_gaussians() -> None:
 
 
 def test_the_shipped_judge_sees_drawn_scenes() -> None:
-    judge = metrics.Judge.load()
+    judge = judging.Judge.load()
     some = [scenes.sample_scene(i, "test") for i in range(64)]
-    shown = metrics.pictures_to_tensor(scenes.draw(s) for s in some)
-    found = metrics.score(judge, shown, some)
+    shown = judging.pictures_to_tensor(scenes.draw(s) for s in some)
+    found = judging.score(judge, shown, some)
     for name in ("time", "ground", "backdrop", "object", "place", "colour"):
         assert found.accuracy(name) > 0.9, (name, found.counts[name])
     with pytest.raises(ValueError, match="pictures of shape"):

@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 
-from ldm_lessons import checkpoints, models, recipes
+from ldm_lessons import checkpoints, models
+from ldm_lessons.recipes import __main__ as recipes
+from ldm_lessons.recipes import clip, unet
 
 TINY = ["--rows", "48", "--steps", "3", "--batch", "4", "--precision", "no"]
 
@@ -18,7 +20,6 @@ def made(tmp_path_factory):
     home = tmp_path_factory.mktemp("recipes")
     patch = pytest.MonkeyPatch()
     patch.setenv("LDM_LESSONS_DATA", str(home / "data"))
-    patch.setitem(recipes.PLANS, "unet", recipes.PLANS["unet"])
     for name in ("judge", "clip", "vae", "unet"):
         recipes.main([name, *TINY, "--runs", str(home / "runs")])
     yield home
@@ -62,7 +63,7 @@ def test_latents_have_unit_variance_after_scaling(made) -> None:
     from ldm_lessons.weights import load_model
 
     vae = load_model(VAE, None, made / "data" / "pocket" / "vae")
-    stored = recipes.latents(vae, None, made / "runs" / "unet", torch.device("cpu"))
+    stored = unet.latents(vae, None, made / "runs" / "unet", torch.device("cpu"))
     assert stored[0].shape == (48, 4, 16, 16)
     assert stored[0].float().std().item() == pytest.approx(1, abs=0.02)
 
@@ -76,7 +77,7 @@ def test_a_finished_run_is_not_trained_again(made, capsys) -> None:
 
 def test_the_tokenizer_keeps_every_word_and_never_fails() -> None:
     texts = ["a red house on the left, snowy mountains at sunset", "two birds by moonlight"] * 50
-    tokenizer = recipes.train_tokenizer(texts, 60)
+    tokenizer = clip.train_tokenizer(texts, 60)
     assert tokenizer.model_max_length == 77
     ids = tokenizer("a red house on the left, snowy mountains at sunset").input_ids
     assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id

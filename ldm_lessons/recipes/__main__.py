@@ -1,0 +1,52 @@
+"""The command line: `python -m ldm_lessons.recipes NAME`."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from ldm_lessons import recipes
+from ldm_lessons.recipes.clip import train_clip
+from ldm_lessons.recipes.judge import train_judge
+from ldm_lessons.recipes.unet import VARIANTS, train_unet
+from ldm_lessons.recipes.vae import train_vae
+from ldm_lessons.training import Plan
+
+RUNS = Path("runs")
+PLANS = {
+    "judge": Plan(steps=20_000, rows=40_000, batch=16, learning_rate=1e-3, ema=0.998),
+    "clip": Plan(steps=2400, rows=40_000, batch=64, learning_rate=1e-3, ema=0.995),
+    "vae": Plan(steps=10_000, rows=40_000, batch=16, learning_rate=1.5e-3, ema=0.998, weight_decay=0.0),
+    "unet": Plan(steps=24_000, rows=40_000, batch=32, learning_rate=1e-3, ema=0.999),
+}
+RECIPES: dict[str, Callable[[Plan, argparse.Namespace], None]] = {
+    "judge": train_judge,
+    "clip": train_clip,
+    "vae": train_vae,
+    "unet": train_unet,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m ldm_lessons.recipes", description=recipes.__doc__.split("\n\n")[0])
+    parser.add_argument("name", choices=RECIPES, help="what to train")
+    parser.add_argument("--steps", type=int, help="how many steps in all (default: the recipe's)")
+    parser.add_argument("--rows", type=int, help="how many training scenes (default: 40,000)")
+    parser.add_argument("--batch", type=int, help="scenes a step")
+    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="bf16")
+    parser.add_argument("--variant", choices=VARIANTS, default="shipped", help="other choices in the U-Net's loss")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the model: slower to start, faster to run"
+    )
+    parser.add_argument("--minutes", type=float, help="stop after this long, to go on another time")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="where checkpoints and drawn pictures are kept")
+    args = parser.parse_args(arguments)
+    changes = {k: v for k in ("steps", "rows", "batch") if (v := getattr(args, k)) is not None}
+    try:
+        RECIPES[args.name](replace(PLANS[args.name], **changes), args)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"recipes: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

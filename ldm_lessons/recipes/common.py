@@ -1,0 +1,115 @@
+"""What the recipes share: the pictures they read, and the run with its progress bar and its facts for the card."""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ldm_lessons import checkpoints, data, scenes, training
+from ldm_lessons.text import tokenize
+from ldm_lessons.training import Plan
+
+WORDINGS = 4  # captions of each scene that training reads
+
+
+def training_pictures(plan: Plan, runs: Path) -> np.ndarray:
+    """The training pictures, uint8 (rows, 3, 128, 128)."""
+    return data.pictures(scenes.SPLITS["train"][: plan.rows], 128, runs / "cache")
+
+
+def validation(count: int, runs: Path) -> tuple[list[scenes.Scene], Tensor]:
+    """The first validation scenes and their pictures, float32 (count, 3, 128, 128) in [0, 1]."""
+    drawn = data.pictures(scenes.SPLITS["validation"][:count], 128, runs / "cache")
+    return [scenes.sample_scene(i, "validation") for i in range(count)], torch.from_numpy(drawn).float() / 255
+
+
+def by_style(some: list[scenes.Scene]) -> dict[str, list[int]]:
+    """Which of the scenes are drawn in each style, for the styles that are there."""
+    found = {style: [i for i, scene in enumerate(some) if scene.style == style] for style in scenes.STYLES}
+    return {style: rows for style, rows in found.items() if rows}
+
+
+def batch_of(source: np.ndarray, rows: Tensor, like: nn.Module) -> Tensor:
+    """Rows of uint8 pictures as floats in [0, 1], on the model's device."""
+    where = next(like.parameters()).device
+    picked = torch.from_numpy(source[rows.numpy()])
+    return (picked.to(where).float() / 255).contiguous(memory_format=torch.channels_last)
+
+
+def captions(plan: Plan) -> list[list[str]]:
+    """`WORDINGS` captions of every training scene."""
+    return [
+        [scenes.caption(scenes.sample_scene(s), w) for w in range(WORDINGS)]
+        for s in scenes.SPLITS["train"][: plan.rows]
+    ]
+
+
+def token_table(tokenizer: PreTrainedTokenizerBase, texts: list[list[str]]) -> Tensor:
+    """All captions as tokens: int16 (scenes, wordings, 77)."""
+    flat = [t for row in texts for t in row]
+    parts = [tokenize(tokenizer, flat[i : i + 8192]).to(torch.int16) for i in range(0, len(flat), 8192)]
+    return torch.cat(parts).view(len(texts), -1, 77)
+
+
+def drive(
+    name: str, model: nn.Module, loss: training.Loss, plan: Plan, args: argparse.Namespace,
+    watch: Callable[[training.Progress], None] | None = None,
+) -> dict:  # fmt: skip
+    """Run the training with a progress bar; returns what the model card says of it.
+
+    The first process calls `watch` after every step.
+    """
+    from accelerate import PartialState
+    from tqdm.auto import tqdm
+
+    folder = args.runs / name
+    began, last = time.monotonic(), None
+    first = os.environ.get("RANK", "0") == "0"
+    with tqdm(total=plan.steps, desc=name, unit="step", disable=not first) as bar:
+        for progress in training.train(model, loss, plan, folder, precision=args.precision, compile=args.compile):
+            bar.update(progress.step - bar.n)
+            if progress.step % 20 == 0:
+                bar.set_postfix({k: f"{v:.4f}" for k, v in progress.losses.items()})
+            last = progress
+            if first and watch is not None:
+                watch(progress)
+            if args.minutes and time.monotonic() - began > 60 * args.minutes and progress.step < plan.steps:
+                raise SystemExit(
+                    f"{args.minutes} minutes are over at step {progress.step}; the same command goes on from there"
+                )
+    PartialState().destroy_process_group()  # or their threads may abort the ones that end first
+    if not first:
+        raise SystemExit  # what follows is for one process
+    _, header = checkpoints.read(folder)
+    curve = header["curve"]
+    minutes = sum(max(b["seconds"] - a["seconds"], 0) for a, b in zip(curve, curve[1:], strict=False)) / 60
+    return {
+        "command": f"{launcher()} -m ldm_lessons.recipes {name} --precision {args.precision}",
+        "plan": asdict(plan),
+        "samples": plan.steps * plan.batch,
+        "minutes": round(minutes, 1),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "hardware": hardware(),
+        "versions": {m: __import__(m).__version__ for m in ("torch", "diffusers", "transformers", "accelerate")},
+        "curve": curve if last is None else last.curve,
+    }
+
+
+def launcher() -> str:
+    """How this process was started."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    return "python" if count == "1" else f"torchrun --standalone --nproc_per_node {count}"
+
+
+def hardware() -> str:
+    """What it runs on, in a few words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores"

@@ -1,0 +1,322 @@
+"""The U-Net's recipe, and the choices in it that can be compared."""
+
+import argparse
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ldm_lessons import cards, checkpoints, scenes, schedules, training
+from ldm_lessons.judge import Judge
+from ldm_lessons.machine import data_dir
+from ldm_lessons.metrics import write_json
+from ldm_lessons.pipeline import LatentDiffusion
+from ldm_lessons.recipes.common import WORDINGS, batch_of, captions, drive, token_table, training_pictures
+from ldm_lessons.text import TextEncoder, tokenize
+from ldm_lessons.training import Plan
+from ldm_lessons.unet import UNet, UNetConfig
+from ldm_lessons.vae import VAE
+from ldm_lessons.weights import load_model, save_model
+
+SCHEDULER = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "lower_order_final": True,
+    "final_sigmas_type": "zero",
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "clip_sample": False,
+    "thresholding": False,
+    "use_karras_sigmas": False,
+}
+
+
+STAGES = (100, 300, 1000, 3000, 10_000, 30_000)
+SENTENCES = (
+    "a red house on the left, snowy mountains, a green meadow at sunset",
+    "a yellow balloon in the middle, red cliffs, a beach by day",
+    "a large white boat on the right, a lake, green hills at dawn",
+    "a watercolour of a lighthouse on the left, a lake with clouds",
+    "a castle in the middle, a meadow under a rainbow",
+    "pixel art of a small blue windmill on the right, a city skyline at night",
+    "a pencil sketch of a pine tree and a purple house, falling snow",
+    "three birds, a palm tree on the right, a beach at sunset",
+)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What can be chosen about the loss; the defaults made the U-Net that comes with the course.
+
+    ``things`` is how much more an error counts where a thing is, until the learning rate falls: things are what the
+    words are mostly about, and they cover a fifteenth of the pictures. ``align`` weighs, as long, how well the middle
+    of the U-Net tells what the judge's layers see in the clean picture (arXiv:2410.06940 eq. (8)). ``min_snr`` is the
+    gamma of arXiv:2303.09556 (0: all noise levels alike); ``shift`` draws noisier timesteps more often, as
+    arXiv:2403.03206 eq. (23) does.
+    """
+
+    prediction: str = "v_prediction"
+    beta_schedule: str = "scaled_linear"
+    things: float = 5.0
+    align: float = 0.5
+    min_snr: float = 0.0
+    shift: float = 1.0
+
+
+VARIANTS = {
+    "shipped": Choices(),
+    "without alignment": Choices(align=0),
+    "things like the rest": Choices(things=0),
+    "epsilon": Choices(prediction="epsilon"),
+    "x0": Choices(prediction="sample"),
+    "min-SNR": Choices(min_snr=5),
+    "cosine": Choices(beta_schedule="squaredcos_cap_v2"),
+    "shifted": Choices(shift=2),
+}
+
+
+class Aligned(nn.Module):
+    """A U-Net whose layer at 8 x 8, near the end, is read by two layers that guess what the judge sees there."""
+
+    def __init__(self, unet: UNet, features: int):
+        super().__init__()
+        self.unet = unet
+        c = unet.config.block_out_channels[1]
+        self.guess = nn.Sequential(nn.Conv2d(c, 256, 1), nn.SiLU(), nn.Conv2d(256, features, 1))
+        self._tapped: Tensor | None = None
+        unet.up_blocks[1].attentions[-1].register_forward_hook(self._tap)
+
+    def _tap(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self._tapped = output
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """The U-Net's answer (B, 4, 16, 16), and the guess (B, features, 8, 8)."""
+        answer = self.unet(x, t, text)
+        return answer, self.guess(self._tapped)
+
+
+def latents(vae: nn.Module, source: np.ndarray, folder: Path, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every picture's latent, scaled: float16 (N, 4, 16, 16), kept in `folder`."""
+    from safetensors.torch import load_file, save_file
+    from tqdm.auto import tqdm
+
+    path = folder / "latents.safetensors"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        vae, threads = vae.to(device).eval(), torch.get_num_threads()
+        torch.set_num_threads(os.cpu_count() or 1)  # the other processes wait
+        means, deviations = [], []
+        with torch.inference_mode(), tqdm(total=len(source), desc="encoding") as bar:
+            for i in range(0, len(source), 64):
+                rows = torch.arange(i, min(i + 64, len(source)))
+                with torch.autocast(device.type, torch.bfloat16):
+                    found = vae.encode(batch_of(source, rows, vae) * 2 - 1)
+                scale = vae.config.scaling_factor
+                means.append((found.mean.float() * scale).half().cpu())
+                deviations.append(((0.5 * found.logvar.float()).exp() * scale).half().cpu())
+                bar.update(len(rows))
+        torch.set_num_threads(threads)
+        aside = path.with_suffix(".part")
+        save_file({"mean": torch.cat(means).contiguous(), "std": torch.cat(deviations).contiguous()}, aside)
+        os.replace(aside, path)
+    stored = load_file(path)
+    return stored["mean"], stored["std"]
+
+
+def seen_by_judge(source: np.ndarray, folder: Path, device: torch.device) -> np.ndarray:
+    """The judge's layers at 8 x 8 on every picture, each channel at mean 0 and deviation 1: float16 (N, C, 8, 8)."""
+    from tqdm.auto import tqdm
+
+    path = folder / "judge.npy"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        judge, threads = Judge.load().float().to(device).eval(), torch.get_num_threads()
+        torch.set_num_threads(os.cpu_count() or 1)  # the other processes wait
+        parts = []
+        with torch.inference_mode(), tqdm(total=len(source), desc="looking") as bar:
+            for i in range(0, len(source), 64):
+                shown = batch_of(source, torch.arange(i, min(i + 64, len(source))), judge) * 2 - 1
+                with torch.autocast(device.type, torch.bfloat16):
+                    parts.append(judge.body(judge.stem(shown)).half().cpu())
+                bar.update(len(shown))
+        torch.set_num_threads(threads)
+        seen, sample = torch.cat(parts), torch.cat(parts[:64]).float()
+        mean, deviation = sample.mean((0, 2, 3), keepdim=True), sample.std((0, 2, 3), keepdim=True)
+        seen = torch.cat([((p.float() - mean) / (deviation + 1e-3)).half() for p in seen.split(1000)])
+        aside = folder / "judge.part.npy"
+        np.save(aside, seen.numpy())
+        os.replace(aside, path)
+    return np.load(path, mmap_mode="c")
+
+
+def places_of_things(plan: Plan) -> Tensor:
+    """Where in its latent each training scene shows a thing or a bird: bool (rows, 1, 16, 16)."""
+    first = scenes.LABELS.index("house")
+    maps = (scenes.semantic_map(scenes.sample_scene(s), 64) for s in scenes.SPLITS["train"][: plan.rows])
+    return torch.stack([F.max_pool2d(torch.from_numpy(m >= first)[None].float(), 4) > 0 for m in maps])
+
+
+def target(schedule: schedules.NoiseSchedule, prediction: str, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """What the network is to answer at t: the noise, the picture, or v."""
+    if prediction == "v_prediction":
+        return schedule.velocity(x0, noise, t)
+    return noise if prediction == "epsilon" else x0
+
+
+def min_snr_weight(schedule: schedules.NoiseSchedule, choices: Choices, t: Tensor) -> Tensor:
+    """Weights (B,) with which every prediction counts like x0 at min(SNR, gamma) (arXiv:2303.09556 section 3.4)."""
+    snr = schedule.snr()[t].float()
+    per = {"v_prediction": snr + 1, "epsilon": snr, "sample": torch.ones_like(snr)}[choices.prediction]
+    return snr.clamp_max(choices.min_snr) / per
+
+
+def draw_stage(model: LatentDiffusion, path: Path) -> None:
+    """What the model draws for `SENTENCES` by now, in a row, from the same noise every time."""
+    from PIL import Image
+
+    from ldm_lessons import generate
+
+    with sdpa_kernel(SDPBackend.MATH):
+        made = generate.text_to_image(model, list(SENTENCES), seed=0, progress=False)
+    row = Image.new("RGB", (sum(p.width for p in made), made[0].height))
+    for i, picture in enumerate(made):
+        row.paste(picture, (i * picture.width, 0))
+    row.save(path, quality=85, method=6)
+
+
+def keep_stages(made: Path, target: Path, curve: list[dict]) -> list[dict]:
+    """Copy the rows that `draw_stage` left into `target`; says for each after how many steps and minutes it was."""
+    target.mkdir(parents=True, exist_ok=True)
+    minutes, spent, before = {}, 0.0, 0.0
+    for row in curve:
+        spent += row["seconds"] - before if row["seconds"] > before else row["seconds"]  # a resumed run counts anew
+        before, minutes[row["step"]] = row["seconds"], spent / 60
+    found = []
+    for path in sorted(made.glob("step-*.webp")):
+        step = int(path.stem.removeprefix("step-"))
+        shutil.copy(path, target / f"{made.name}-{path.name}")
+        near = min(minutes, key=lambda known: abs(known - step))
+        found.append({"step": step, "minutes": round(minutes[near], 1), "file": f"{made.name}-{path.name}"})
+    return found
+
+
+def train_unet(plan: Plan, args: argparse.Namespace) -> None:
+    """The denoiser of latents: v-prediction (arXiv:2202.00512), every noise level alike, 10 % of captions dropped.
+
+    The last part of the run leaves out what favours things (see `Choices`), which takes its bias out again.
+    """
+    from accelerate import PartialState
+    from transformers import CLIPTokenizer
+
+    name, choices = "unet", VARIANTS[args.variant]
+    if args.variant != "shipped":
+        name = f"unet-{args.variant.replace(' ', '-')}"
+    pocket, shared = data_dir() / "pocket", args.runs / "unet"
+    tokenizer = CLIPTokenizer.from_pretrained(pocket / "tokenizer")
+    vae = load_model(VAE, None, pocket / "vae").float()
+    text = load_model(TextEncoder, None, pocket / "text_encoder").float().eval().requires_grad_(False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    text.to(device)
+    with PartialState(cpu=device.type == "cpu").main_process_first():
+        source = training_pictures(plan, args.runs)
+        mean, deviation = latents(vae, source, shared, device)
+        seen = seen_by_judge(source, shared, device)
+    table = token_table(tokenizer, captions(plan))
+    nothing = tokenize(tokenizer, "")[0]
+    things = places_of_things(plan)
+    # on CPUs, plain attention is a sixth faster in training at this size than the fused kernel
+    attention = (
+        SDPBackend.MATH if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    )
+    config = SCHEDULER | {"prediction_type": choices.prediction, "beta_schedule": choices.beta_schedule}
+    schedule = schedules.NoiseSchedule.from_config(config)
+    model = Aligned(UNet(UNetConfig.pocket()), seen.shape[1])
+
+    def loss(model: nn.Module, rows: Tensor, rng: torch.Generator, done: float) -> dict[str, Tensor]:
+        n = len(rows)
+        x0 = mean[rows].float() + deviation[rows].float() * torch.randn(n, *mean.shape[1:], generator=rng)
+        noise = torch.randn(x0.shape, generator=rng)
+        # one in each n-th part of the schedule
+        t = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n
+        t = choices.shift * t / (1 + (choices.shift - 1) * t)
+        t = (t * schedule.num_train_timesteps).long().clamp_max(schedule.num_train_timesteps - 1)
+        ids = table[rows, torch.randint(WORDINGS, (n,), generator=rng)].long()
+        ids[torch.rand(n, generator=rng) < 0.1] = nothing
+        x_t, wanted = (
+            schedule.add_noise(x0, noise, t).to(device),
+            target(schedule, choices.prediction, x0, noise, t).to(device),
+        )
+        with sdpa_kernel(attention):
+            with torch.no_grad():
+                condition = text(ids.to(device))
+            answer, guess = model(x_t, t.to(device), condition)
+        error = (answer.float() - wanted).square().mean(1, keepdim=True)  # (B, 1, 16, 16)
+        alike = F.cosine_similarity(guess.float(), torch.from_numpy(seen[rows.numpy()]).float().to(device), dim=1)
+        if choices.min_snr:
+            level = min_snr_weight(schedule, choices, t)
+            error = error * level.view(-1, 1, 1, 1).to(device)
+        early = done < 1 - plan.decay
+        if early and choices.things:
+            weight = (1 + choices.things * things[rows].float()).to(device)
+            error = error * (weight / weight.mean())
+            coarse = F.max_pool2d(weight, 2)[:, 0]
+            alike = alike * (coarse / coarse.mean())
+        align = choices.align if early else 0.0
+        return {"loss": error.mean() - align * alike.mean(), "v": error.detach().mean(), "alike": alike.detach().mean()}
+
+    apart = LatentDiffusion(tokenizer, text, UNet(UNetConfig.pocket()).to(device), vae.to(device), config)
+
+    def watch(progress: training.Progress) -> None:
+        if progress.step in (*STAGES, plan.steps):
+            apart.unet.load_state_dict({k[5:]: v for k, v in progress.ema.items() if k.startswith("unet.")})
+            draw_stage(apart, args.runs / name / f"step-{progress.step:06}.webp")
+
+    facts = drive(name, model, loss, plan, args, watch)
+    model.load_state_dict(checkpoints.ema_weights(args.runs / name))
+    facts["stages"] = keep_stages(args.runs / name, data_dir() / "stages", facts["curve"])
+    facts["choices"] = asdict(choices)
+    if args.variant != "shipped":
+        pocket = args.runs / name / "model"
+        for part in ("vae", "text_encoder", "tokenizer"):
+            shutil.copytree(data_dir() / "pocket" / part, pocket / part, dirs_exist_ok=True)
+    save_pipeline(model.unet, pocket, config, facts["versions"]["diffusers"])
+    if args.variant == "shipped":
+        cards.record("unet", facts)
+    else:
+        write_json(args.runs / name / "facts.json", facts)
+
+
+def save_pipeline(unet: UNet, folder: Path, scheduler: dict, version: str) -> None:
+    """The U-Net, and what makes `folder` one that diffusers' StableDiffusionPipeline reads whole."""
+    save_model(unet, folder / "unet")
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": "StableDiffusionPipeline",
+            "_diffusers_version": version,
+            "feature_extractor": [None, None],
+            "image_encoder": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    )
