@@ -17,18 +17,19 @@ def save(
     folder: Path,
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: dict[str, torch.optim.Optimizer],
     average: dict | None,
     plan: dict,
     curve: list,
 ) -> None:
-    """One safetensors file with weights, average and optimiser; the step, plan and loss curve in its header."""
+    """One safetensors file with weights, average and optimisers; the step, plan and loss curve in its header."""
     from safetensors.torch import save_file
 
     tensors = {f"model.{k}": v.detach() for k, v in model.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in (average or {}).items()}
-    state = getattr(optimizer, "optimizer", optimizer).state_dict()["state"]
-    tensors |= {f"optimizer.{i}.{k}": v for i, values in state.items() for k, v in values.items()}
+    for kind, optimizer in optimizers.items():
+        state = optimizer.state_dict()["state"]
+        tensors |= {f"{kind}.{i}.{k}": v for i, values in state.items() for k, v in values.items()}
     header = {"step": str(step), "plan": json.dumps(plan), "curve": json.dumps(curve)}
     aside = folder / f"checkpoint.{os.getpid()}.part"
     with writing_to(folder):

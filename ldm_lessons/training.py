@@ -40,6 +40,9 @@ class Plan:
     ema: float = 0.999  # 0 keeps no average
     seed: int = 0
     save_seconds: float = 120.0
+    muon: float = (
+        0.0  # its learning rate for the inner matrices (see `Muon`), with AdamW for the rest; 0: AdamW for all
+    )
 
 
 @dataclass
@@ -53,11 +56,11 @@ class Progress:
     curve: list[dict] = field(default_factory=list, repr=False)
 
 
-def learning_rate(plan: Plan, step: int) -> float:
-    """Linear warm-up, a plateau, then a straight way down to zero."""
+def learning_rate(plan: Plan, step: int, peak: float | None = None) -> float:
+    """Linear warm-up to the plan's learning rate (or `peak`), a plateau, then a straight way down to zero."""
     up = min(1.0, (step + 1) / max(plan.warmup, 1))
     down = min(1.0, (plan.steps - step) / max(plan.decay * plan.steps, 1))
-    return plan.learning_rate * min(up, down)
+    return (plan.learning_rate if peak is None else peak) * min(up, down)
 
 
 def rows_of_step(plan: Plan, step: int) -> Tensor:
@@ -90,6 +93,36 @@ def generator(*seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
+class Muon:
+    """torch's Muon (arXiv:2502.16982) for a model's inner matrices; a convolution (O, I, h, w) is one of (O, I h w).
+
+    It makes every direction of a matrix's step equally long, so that what is seldom seen is learnt as fast as what is
+    common. Embeddings, the first and last layers and whatever is no matrix stay with AdamW, as its authors advise.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float):
+        self.parameters = parameters
+        self.flat = [nn.Parameter(p.detach().view(len(p), -1)) for p in parameters]  # the same numbers, not copies
+        self.inner = torch.optim.Muon(self.flat, lr, weight_decay=0.0, ns_steps=3)
+
+    def step(self, lr: float) -> None:
+        """One step with the gradients that lie at the parameters."""
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        for flat, p in zip(self.flat, self.parameters, strict=True):
+            flat.grad = None if p.grad is None else p.grad.reshape(flat.shape)
+        self.inner.step()
+        for flat, p in zip(self.flat, self.parameters, strict=True):
+            flat.grad = p.grad = None
+
+
+def inner_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """What `Muon` may move: weights of two dimensions or more between layers, not those at the model's two ends."""
+    ends = ("conv_in", "conv_out", "time_embedding", "embeddings", "guess")
+    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    return [m.weight for name, m in layers if not any(end in name for end in ends)]
+
+
 def train(
     model: nn.Module,
     loss: Loss,
@@ -106,16 +139,25 @@ def train(
     as `accelerate launch` or `torchrun` started. Checkpoints are written aside and renamed, so a kill or a full disk
     leaves the last one whole; the OSError then says which folder to make room in.
     """
+    if plan.muon and precision == "fp16":
+        raise ValueError("Muon cannot be used with fp16's scaled gradients: choose bf16 or no")
     several_cpus = os.environ.get("WORLD_SIZE", "1") != "1" and not torch.cuda.is_available()
     accelerator = accelerator or Accelerator(mixed_precision=precision, cpu=several_cpus)
     with checkpoints.writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)  # before any time is spent
-    optimizer = torch.optim.AdamW(
-        model.parameters(), plan.learning_rate, (0.9, 0.98), weight_decay=plan.weight_decay, fused=True
-    )
     model.to(accelerator.device)
+    muon = Muon(inner_matrices(model), plan.muon) if plan.muon else None
+    with_muon = {id(p) for p in muon.parameters} if muon else set()
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if id(p) not in with_muon],
+        plan.learning_rate,
+        (0.9, 0.98),
+        weight_decay=plan.weight_decay,
+        fused=True,
+    )
     average = {k: v.detach().float().clone() for k, v in model.state_dict().items()} if plan.ema else None
-    step, curve = _resume(folder, model, optimizer, average, plan)
+    optimizers = {"optimizer": optimizer} | ({"muon": muon.inner} if muon else {})
+    step, curve = _resume(folder, model, optimizers, average, plan)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     run = torch.compile(wrapped) if compile else wrapped
     first, count = accelerator.process_index, accelerator.num_processes
@@ -130,6 +172,8 @@ def train(
         accelerator.backward(parts["loss"])
         accelerator.clip_grad_norm_(model.parameters(), plan.clip)
         optimizer.step()
+        if muon:
+            muon.step(learning_rate(plan, step, plan.muon))
         optimizer.zero_grad(set_to_none=True)
         step += 1
         if average is not None:
@@ -146,13 +190,13 @@ def train(
             curve.append({"step": step, "seconds": round(time.monotonic() - began, 1)} | losses)
         yield Progress(step, losses, time.monotonic() - began, average, curve)
         if accelerator.is_main_process and (step == plan.steps or time.monotonic() - saved > plan.save_seconds):
-            checkpoints.save(folder, step, model, optimizer, average, asdict(plan), curve)
+            checkpoints.save(folder, step, model, optimizers, average, asdict(plan), curve)
             saved = time.monotonic()
     accelerator.wait_for_everyone()
 
 
 def _resume(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict | None, plan: Plan
+    folder: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], average: dict | None, plan: Plan
 ) -> tuple[int, list]:
     found = checkpoints.read(folder)
     if found is None:
@@ -160,7 +204,7 @@ def _resume(
     tensors, header = found
     theirs, ours = (
         {k: v for k, v in p.items() if k not in ("steps", "decay", "save_seconds")}
-        for p in (header["plan"], asdict(plan))
+        for p in (asdict(Plan(steps=0, rows=0)) | header["plan"], asdict(plan))
     )
     if theirs != ours:
         changed = ", ".join(f"{k} was {theirs.get(k)} and is {v}" for k, v in ours.items() if theirs.get(k) != v)
@@ -170,10 +214,11 @@ def _resume(
     model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     for name in average or {}:
         average[name].copy_(tensors[f"ema.{name}"])
-    state: dict[int, dict] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
-            state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for kind, optimizer in optimizers.items():
+        state: dict[int, dict] = {}
+        for key, value in tensors.items():
+            if key.startswith(f"{kind}."):
+                _, index, name = key.split(".", 2)
+                state.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return header["step"], header["curve"]

@@ -64,9 +64,10 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
     assert rates[0] == 0.1 and rates[9:51] == [1.0] * 42 and rates[75] == 0.5 and 0 < rates[99] <= 0.021
 
 
-def test_resuming_takes_the_very_steps(tmp_path) -> None:
-    whole, model = run(tmp_path / "whole")
-    always = replace(PLAN, save_seconds=0.0)
+@pytest.mark.parametrize("muon", [0.0, 0.05])
+def test_resuming_takes_the_very_steps(tmp_path, muon: float) -> None:
+    whole, model = run(tmp_path / "whole", replace(PLAN, muon=muon))
+    always = replace(PLAN, save_seconds=0.0, muon=muon)
     before, _ = run(tmp_path / "cut", always, stop=17)
     after, resumed = run(tmp_path / "cut", always)
     assert before[:16] + after == whole  # the save follows the yield: step 17 is done again
@@ -74,6 +75,27 @@ def test_resuming_takes_the_very_steps(tmp_path) -> None:
     first, second = (checkpoints.read(tmp_path / n) for n in ("whole", "cut"))
     assert all(torch.equal(v, second[0][k]) for k, v in first[0].items())
     assert [c["loss"] for c in first[1]["curve"]] == [c["loss"] for c in second[1]["curve"]]
+
+
+def test_muon_steps_along_every_direction_alike(tmp_path) -> None:
+    """From a gradient of very unequal singular values, its step has nearly equal ones; a bias stays with AdamW."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.Conv2d(8, 4, 3))
+    u, _, v = torch.linalg.svd(torch.randn(4, 72), full_matrices=False)
+    steep = (u * torch.tensor([10.0, 3.0, 1.0, 0.5])) @ v
+    before = model[1].weight.detach().clone()
+
+    def loss(model: nn.Module, rows: torch.Tensor, rng: torch.Generator, done: float) -> torch.Tensor:
+        return (model[1].weight.flatten(1) * steep).sum() + model[0].weight.sum() + sum(m.bias.sum() for m in model)
+
+    plan = Plan(steps=1, rows=4, batch=2, warmup=0, decay=0.0, muon=0.1, learning_rate=0.01)
+    list(train(model, loss, plan, tmp_path))
+    moved = torch.linalg.svdvals((model[1].weight.detach() - before).flatten(1)) / 0.1
+    assert moved.max() < 1.3 and moved.min() > 0.3 * moved.max()  # 10 : 0.5 before
+    tensors, _ = checkpoints.read(tmp_path)
+    assert tensors["muon.1.momentum_buffer"].shape == (4, 72) and "optimizer.1.exp_avg" in tensors
+    with pytest.raises(ValueError, match="Muon cannot be used with fp16"):
+        next(train(model, loss, plan, tmp_path, precision="fp16"))
 
 
 SLOW = """

@@ -17,7 +17,7 @@ PLANS = {
     "judge": Plan(steps=20_000, rows=40_000, batch=16, learning_rate=1e-3, ema=0.998),
     "clip": Plan(steps=2400, rows=40_000, batch=64, learning_rate=1e-3, ema=0.995),
     "vae": Plan(steps=10_000, rows=40_000, batch=16, learning_rate=1.5e-3, ema=0.998, weight_decay=0.0),
-    "unet": Plan(steps=24_000, rows=40_000, batch=32, learning_rate=1e-3, ema=0.999),
+    "unet": Plan(steps=12_000, rows=40_000, batch=64, learning_rate=1e-3, ema=0.998, muon=0.02),
 }
 RECIPES: dict[str, Callable[[Plan, argparse.Namespace], None]] = {
     "judge": train_judge,

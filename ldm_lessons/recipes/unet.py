@@ -72,7 +72,7 @@ class Choices:
     prediction: str = "v_prediction"
     beta_schedule: str = "scaled_linear"
     things: float = 5.0
-    align: float = 0.5
+    align: float = 1.5
     min_snr: float = 0.0
     shift: float = 1.0
 
