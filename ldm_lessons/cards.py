@@ -1,11 +1,16 @@
 """`data/README.md`, written from what the recipes and the judge recorded: no number in it is typed.
 
-python -m ldm_lessons.cards writes it; python -m ldm_lessons.cards strip draws docs/strip.png for the README.
+python -m ldm_lessons.cards          writes it
+python -m ldm_lessons.cards strip    draws docs/strip.png, for the README
+python -m ldm_lessons.cards sheet    draws data/pocket/sheet.webp: 64 new prompts, four seeds each
 """
 
 import json
 import sys
+import textwrap
 from pathlib import Path
+
+import torch
 
 from ldm_lessons import scenes
 from ldm_lessons.machine import data_dir
@@ -94,27 +99,39 @@ def _short(value: object) -> str:
 
 
 def _scores(found: dict) -> str:
-    columns = ("prompts", "composition", "vae", "drawn")
-    names = list(found["prompts"]["attributes"])
-    table = [
-        "| asked for | new prompts | held-out combinations | drawn, through the VAE | drawn |",
-        "|---|---|---|---|---|",
-    ]
-    for name in [*names, "all right"]:
+    columns = {
+        "prompts": "new prompts", "paraphrases": "in other words", "composition": "held-out combinations",
+        "vae": "drawn, through the VAE", "drawn": "drawn",
+    }  # fmt: skip
+    columns = {key: title for key, title in columns.items() if key in found}
+    table = [f"| asked for | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
+    for name in [*found["prompts"]["attributes"], "all right"]:
         cells = (found[c]["all_right"] if name == "all right" else found[c]["attributes"].get(name) for c in columns)
         table.append(f"| {name} | " + " | ".join(_short(c) if c else "" for c in cells) + " |")
-    fid = found["fid"]
-    return "\n".join([
+    fid, near = found["fid"], found.get("nearest")
+    parts = [
         "## pocket: what the judge says",
-        "",
         f"`python -m ldm_lessons.metrics --count {found['count']}`: {found['steps']} steps of {found['sampler']}, "
-        f"guidance {found['guidance_scale']}, {found['prompts']['seconds']} seconds a picture.",
-        "",
-        *table,
-        "",
+        f"guidance {found['guidance_scale']}, {found['prompts']['seconds']} seconds a picture, in batches of 16.",
+        "\n".join(table),
         f"Fréchet distance in the judge's features to {found['count']} other drawn scenes: {fid['made']} for the "
         f"model's pictures, {fid['vae']} for drawn ones through the VAE, {fid['drawn']} for drawn ones (the floor).",
-    ])  # fmt: skip
+    ]
+    if near:
+        parts.append(
+            f"The nearest of {near['among']:,} training scenes, root mean square difference at 32 × 32 (black to white "
+            f"is 1): the model's pictures median {near['made']['median']}, least {near['made']['least']}; new drawn "
+            f"scenes median {near['drawn']['median']}, least {near['drawn']['least']}."
+        )
+    if "grid" in found:
+        parts += [
+            f"How sampler, steps and guidance change it, {found['grid'][0]['count']} prompts in each row:",
+            "\n".join(["| sampler | steps | guidance | objects | all right | seconds |", "|---" * 6 + "|"] + [
+                f"| {r['sampler']} | {r['steps']} | {r['guidance_scale']} | {100 * r['object']:.0f} % | "
+                f"{100 * r['all_right']:.0f} % | {r['seconds']} |" for r in found["grid"]
+            ]),
+        ]  # fmt: skip
+    return "\n\n".join(parts)
 
 
 STRIP = (
@@ -138,5 +155,28 @@ def write_strip(seed: int = 0) -> Path:
     return target
 
 
+def write_sheet(prompts: int = 64, seeds: int = 4) -> Path:
+    """`data/pocket/sheet.webp`: the first test prompts with several seeds each, unselected, each with its sentence."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    from ldm_lessons import generate, models
+
+    told = [scenes.caption(scenes.sample_scene(i, "test")) for i in range(prompts)]
+    model, font = models.load("pocket"), ImageFont.load_default(13)
+    side, text, columns = 96, 44, 4
+    wide, high = seeds * side + 12, side + text
+    sheet = Image.new("RGB", (columns * wide, -(-prompts // columns) * high), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, sentence in enumerate(told):
+        x, y = wide * (i % columns), high * (i // columns)
+        noise = [torch.Generator().manual_seed(k) for k in range(seeds)]
+        for k, picture in enumerate(generate.text_to_image(model, [sentence] * seeds, generator=noise, progress=False)):
+            sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (x + k * side, y))
+        pen.multiline_text((x + 2, y + side + 3), textwrap.fill(sentence, 62), "black", font)
+    target = data_dir() / "pocket" / "sheet.webp"
+    sheet.save(target, quality=80, method=6)
+    return target
+
+
 if __name__ == "__main__":
-    print(write_strip() if sys.argv[1:] == ["strip"] else write_readme())
+    print({"strip": write_strip, "sheet": write_sheet}.get(" ".join(sys.argv[1:]), write_readme)())

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from ldm_lessons import generate, metrics, models, samplers, scenes
 from ldm_lessons import judge as judging
-from ldm_lessons import metrics, scenes
 from ldm_lessons.machine import data_dir
 
 
@@ -96,3 +96,59 @@ def test_the_recorded_scores_are_whole() -> None:
     rows = recorded["prompts"]["attributes"]
     assert all(np.isclose(r["right"] / r["asked"], r["accuracy"], atol=1e-3) for r in rows.values())
     assert recorded["prompts"]["all_right"]["asked"] == recorded["count"]
+
+
+def test_the_nearest_is_found_and_how_far_it_is() -> None:
+    rng = torch.Generator().manual_seed(0)
+    among = torch.rand(50, 3, 4, 4, generator=rng)
+    shown = among[[7, 31]] + torch.tensor([0.01, -0.02]).view(2, 1, 1, 1)
+    apart, index = metrics.nearest(shown, among, batch=16)
+    assert index.tolist() == [7, 31]
+    torch.testing.assert_close(apart, torch.tensor([0.01, 0.02]), atol=1e-5, rtol=0)
+    apart, index = metrics.nearest(among[:3], (among * 255).round().to(torch.uint8))
+    assert index.tolist() == [0, 1, 2] and apart.max() < 1 / 255
+
+
+def test_calibration_makes_a_boaster_modest() -> None:
+    """Answers right four times in five, said with certainty: one temperature mends it and changes no answer."""
+    rng = torch.Generator().manual_seed(0)
+    judge = judging.Judge(judging.JudgeConfig(8)).eval()
+    held_out = [scenes.sample_scene(i, "validation") for i in range(200)]
+    truth = torch.tensor([judging.labels(s) for s in held_out])
+    said = []
+    for i, options in enumerate(judging.HEADS.values()):
+        wrong = torch.rand(200, generator=rng) < 0.2
+        off = torch.randint(1, len(options), (200,), generator=rng)
+        answer = torch.where(wrong, (truth[:, i].clamp_min(0) + off) % len(options), truth[:, i].clamp_min(0))
+        said.append(8.0 * torch.nn.functional.one_hot(answer, len(options)))
+    fixed = torch.cat(said, 1)
+    judge.features = lambda pictures: pictures.flatten(1)[:, : fixed.shape[1]]
+    judge.heads = torch.nn.Linear(fixed.shape[1], fixed.shape[1])
+    torch.nn.init.eye_(judge.heads.weight)
+    torch.nn.init.zeros_(judge.heads.bias)
+    pictures = torch.nn.functional.pad(fixed, (0, 3 * 64 * 64 - fixed.shape[1])).view(200, 3, 64, 64)
+    before, said_before = judging.calibration_error(judge, pictures, held_out), judge.look(pictures)
+    temperature = judging.calibrate(judge, pictures, held_out)
+    assert before > 0.15 and temperature > 2
+    assert judging.calibration_error(judge, pictures, held_out) < 0.06
+    assert all(torch.equal(said_before[k].argmax(1), p.argmax(1)) for k, p in judge.look(pictures).items())
+
+
+def test_the_whole_measurement_in_small(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(metrics, "DRAWN", 32)
+    monkeypatch.setattr(metrics, "STEPS", (2, 3))
+    found = metrics.judge_model("pocket", 6, steps=2, cells=2, runs=tmp_path)
+    assert found["prompts"]["all_right"]["asked"] == found["paraphrases"]["all_right"]["asked"] == 6
+    assert found["composition"]["all_right"]["asked"] == 2
+    assert set(found["fid"]) == {"drawn", "vae", "made"} and 0 <= found["nearest"]["made"]["least"] < 1
+    assert {row["sampler"] for row in found["grid"]} == set(samplers.SAMPLERS)
+    assert len(found["grid"]) == 2 * len(metrics.GUIDANCE) + len(samplers.SAMPLERS) - 1
+
+
+def test_picture_k_has_seed_k() -> None:
+    model = models.load("pocket")
+    texts = ["a red house", "a lake at night", "a beach"]
+    together, _ = metrics.make(model, texts, "test", steps=2, batch=2)
+    alone = generate.text_to_image(model, texts[2], num_inference_steps=2, seed=2, progress=False)
+    apart = (together[2:] - judging.pictures_to_tensor(alone)).abs().max()
+    assert apart <= 1.01 / 255
