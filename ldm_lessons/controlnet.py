@@ -6,7 +6,7 @@
 Names and numbers are those of diffusers' ControlNetModel as Stable Diffusion 1.x sets it. Derived in lesson 10.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -105,6 +105,10 @@ class ControlNet(nn.Module):
         middle = self.mid_block(skips[-1], temb, encoder_hidden_states)
         made = [zero(skip) for zero, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         return [scale * x for x in (*made, self.controlnet_mid_block(middle))]
+
+    def on(self, picture: Tensor, scale: float = 1.0) -> Callable[[Tensor, Tensor, Tensor], list[Tensor]]:
+        """What `generate.text_to_image` takes as ``control``: the answers for ``picture`` (1 or B, 3, H, W)."""
+        return lambda x, t, text: self(x, t, text, picture.repeat(len(x) // len(picture), 1, 1, 1), scale)
 
 
 def _zero(conv: nn.Conv2d) -> nn.Conv2d:

@@ -26,6 +26,7 @@ from ldm_lessons.schedules import to_x0
 
 Edit = Callable[[Tensor, int], Tensor]
 Path = Callable[[Tensor, Tensor, float], Tensor]
+Control = Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]
 
 
 class Step(NamedTuple):
@@ -40,12 +41,21 @@ class Step(NamedTuple):
 def denoise(
     model: LatentDiffusion, latents: Tensor, cond: Tensor, uncond: Tensor | None = None, *, sampler: Any,
     guidance_scale: float = 1.0, start: int = 0, generator: Generators = None, edit: Edit | None = None,
+    beside: Tensor | None = None, control: Control | None = None,
 ) -> Iterator[Step]:  # fmt: skip
     """From x_t (B, 4, h, w) at `sampler.timesteps[start]` to x0, one `Step` at a time.
 
     `sampler` is ours or diffusers', with its timesteps set. `generator` draws the noise of a sampler that adds some.
     `edit(x, index)` gives what to go on with instead of x, which is at the level of `timesteps[index]`, at the end x0.
+    `beside` (B, C', h, w) are further channels that the U-Net reads behind those of x; `control(x, t, text)` gives what
+    it adds to its skips, as a ControlNet does.
     """
+
+    def unet(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        more = [] if beside is None else [beside.repeat(len(x) // len(beside), 1, 1, 1)]
+        added = [] if control is None else [control(x, t, text)]
+        return model.unet(torch.cat([x, *more], 1), t, text, *added)
+
     steps, on_device = sampler.timesteps.cpu(), sampler.timesteps.to(latents.device)  # a GPU need not wait at each step
     noisy = {"generator": generator} if "generator" in inspect.signature(sampler.step).parameters else {}
     if hasattr(sampler, "set_begin_index"):
@@ -53,7 +63,7 @@ def denoise(
     for index in range(start, len(steps)):
         with torch.inference_mode(), enough_memory():
             x = sampler.scale_model_input(latents, steps[index])
-            out = guided(model.unet, x, on_device[index], cond, uncond, guidance_scale)
+            out = guided(unet, x, on_device[index], cond, uncond, guidance_scale)
             result = sampler.step(out, steps[index], latents, **noisy, return_dict=False)
             if len(result) == 1:  # some of diffusers' schedulers keep x0 to themselves
                 alpha_bar = float(sampler.alphas_cumprod[round(steps[index].item())])
@@ -69,13 +79,14 @@ def text_to_image(
     model: LatentDiffusion, prompt: str | Sequence[str], *, negative_prompt: str | Sequence[str] = "",
     num_inference_steps: int = 20, guidance_scale: float = 5.0, height: int | None = None, width: int | None = None,
     seed: int | None = 0, generator: Generators = None, sampler: str | Any = "dpmpp_2m", latents: Tensor | None = None,
-    progress: bool = True, on_step: Callable[[Step], Any] | None = None,
+    progress: bool = True, on_step: Callable[[Step], Any] | None = None, control: Control | None = None,
 ) -> list[Image.Image]:  # fmt: skip
     """Pictures that match the prompts, one each, as diffusers' StableDiffusionPipeline makes them.
 
     The noise to begin with is `latents`, or `generator`'s (one, or a list of one for each picture), or that of `seed`
     (None: another at each call). `sampler` is a name, or a sampler, or a scheduler of diffusers. `on_step` is called
-    with every `Step`. Raises ValueError for a setting that cannot be, and RuntimeError if the memory does not suffice.
+    with every `Step`, and `control` is as in `denoise`. Raises ValueError for a setting that cannot be, and
+    RuntimeError if the memory does not suffice.
     """
     prompts, f = check.prompt_list(prompt), model.vae.config.downscale
     height = check.side(model, "height", model.image_size if height is None else height)
@@ -86,7 +97,9 @@ def text_to_image(
     if tuple(latents.shape) != shape:
         raise ValueError(f"latents have the shape {tuple(latents.shape)}, but these pictures begin with {shape}.")
     x = latents.to(model.device, model.dtype) * sampler.init_noise_sigma
-    return _paint(model, x, prompts, sampler, generator, negative_prompt, guidance_scale, progress, on_step)
+    return _paint(
+        model, x, prompts, sampler, generator, negative_prompt, guidance_scale, progress, on_step, control=control
+    )
 
 
 @enough_memory()
@@ -118,24 +131,29 @@ def inpaint(
 ) -> list[Image.Image]:  # fmt: skip
     """`image`, repainted where `mask` is white to match the prompts; every other pixel stays exactly as it was.
 
-    After each step, what is kept is put back with that step's noise (arXiv:2201.09865 eq. (8), without resampling), so
-    any network will do. `mask` is PIL or float (H, W), as large as the image; a latent is repainted if one of its
-    pixels is. The rest is as in `image_to_image`.
+    A U-Net of nine channels sees the mask and what is kept. For any other, what is kept is put back after each step
+    with that step's noise (arXiv:2201.09865 eq. (8), without resampling). `mask` is PIL or float (H, W), as large as
+    the image; a latent is repainted if one of its pixels is. The rest is as in `image_to_image`.
     """
     prompts = check.prompt_list(prompt)
     pixels = check.one_each(to_tensor(model, image), len(prompts))
     white = check.to_mask(mask, *pixels.shape[-2:])  # (1, 1, H, W)
     sampler, generator = check.sampler(model, sampler, num_inference_steps), check.seeds(seed, generator, len(prompts))
     start = check.start(sampler, strength, num_inference_steps)
-    x0 = encode(model, pixels, generator)
-    noise = randn(x0.shape, generator).to(x0)
-    new = F.max_pool2d(white, model.vae.config.downscale).to(x0)  # (1, 1, h, w)
-
-    def keep(x: Tensor, index: int) -> Tensor:
-        return new * x + (1 - new) * _noised(sampler, x0, noise, index)
-
+    f, c = model.vae.config.downscale, model.vae.config.latent_channels
+    shape = (len(pixels), c, pixels.shape[2] // f, pixels.shape[3] // f)
+    new = F.max_pool2d(white, f).to(model.device, model.dtype)  # (1, 1, h, w)
+    if model.unet.config.in_channels == 2 * c + 1:  # trained to inpaint
+        x0 = encode(model, pixels, generator) if strength < 1 else torch.zeros(shape).to(new)
+        noise = randn(shape, generator).to(new)
+        kept = encode(model, torch.where(white > 0, 0.5, pixels), generator)  # grey where it is to be painted
+        how = {"beside": torch.cat([new.expand(len(kept), -1, -1, -1), kept], 1)}
+    else:
+        x0 = encode(model, pixels, generator)
+        noise = randn(shape, generator).to(new)
+        how = {"edit": lambda x, index: new * x + (1 - new) * _noised(sampler, x0, noise, index)}
     x = noise * sampler.init_noise_sigma if strength == 1 else _noised(sampler, x0, noise, start)
-    made = _paint(model, x, prompts, sampler, generator, start=start, edit=keep, **settings)
+    made = _paint(model, x, prompts, sampler, generator, start=start, **how, **settings)
     hole = to_pil(white.expand(-1, 3, -1, -1))[0].convert("L")
     return [Image.composite(painted, old, hole) for painted, old in zip(made, to_pil(pixels), strict=True)]
 
@@ -186,16 +204,16 @@ def interpolate(
 def _paint(
     model: LatentDiffusion, x: Tensor, prompts: list[str] | Tensor, sampler: Any, generator: Generators,
     negative_prompt: str | Sequence[str] = "", guidance_scale: float = 5.0, progress: bool = True,
-    on_step: Callable[[Step], Any] | None = None, start: int = 0, edit: Edit | None = None,
+    on_step: Callable[[Step], Any] | None = None, start: int = 0, **how: Any,
 ) -> list[Image.Image]:  # fmt: skip
-    """Pictures from x_t at `start`, for prompts or their text."""
+    """Pictures from x_t at `start`, for prompts or their text; `how` goes to `denoise`."""
     from tqdm.auto import tqdm
 
     negative = check.prompt_list(negative_prompt)
     text = encode_prompt(model, negative if isinstance(prompts, Tensor) else prompts + negative)
     cond, uncond = (prompts, text) if isinstance(prompts, Tensor) else text.split([len(prompts), len(negative)])
     uncond = check.one_each(uncond, len(x), "negative prompts")
-    options = dict(sampler=sampler, guidance_scale=guidance_scale, start=start, generator=generator, edit=edit)
+    options = dict(sampler=sampler, guidance_scale=guidance_scale, start=start, generator=generator, **how)
     steps = denoise(model, x, cond, uncond, **options)
     for step in tqdm(steps, total=len(sampler.timesteps) - start, disable=not progress):
         x = step.latents

@@ -17,10 +17,11 @@ from ldm_lessons.pipeline import LatentDiffusion
 from ldm_lessons.text import TextEncoder
 from ldm_lessons.unet import UNet
 from ldm_lessons.vae import VAE
-from ldm_lessons.weights import load_model
+from ldm_lessons.weights import load_model, load_state_dict_strict, read_config, read_safetensors
 
 POCKET = data_dir() / "pocket"
-MODELS: dict[str, Path] = {"pocket": POCKET}
+INPAINT = data_dir() / "inpaint"
+MODELS: dict[str, Path] = {"pocket": POCKET, "pocket-inpaint": INPAINT}
 FILES = (
     "scheduler/scheduler_config.json", "tokenizer/*.json", "tokenizer/*.txt", "*/config.json", "known_words.json",
     "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
@@ -41,6 +42,13 @@ def load(
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     folder = find(name, revision)
+    if (folder / "changes.safetensors").is_file():  # a U-Net that differs from the pocket model's in a few layers
+        model = load("pocket", device, dtype)
+        state = model.unet.state_dict() | read_safetensors(folder / "changes.safetensors")
+        model.unet = UNet(read_config(UNet, folder))
+        load_state_dict_strict(model.unet, state)
+        model.unet.eval().requires_grad_(False)
+        return model.to(device, dtype)
     if not any((folder / part).exists() for part in ("model_index.json", "unet")):
         raise FileNotFoundError(f"{folder} holds no model in diffusers' format: no model_index.json and no unet.")
     classes = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}

@@ -25,6 +25,14 @@ PIXEL, LATENT, CONDITIONING = "#E07B39", "#3B75AF", "#4E9F5B"  # the same colour
 INK, GREY = "#2B2F36", "#7A808A"
 
 
+LABEL_COLOURS = (  # of the entries of `scenes.LABELS`, where a semantic map is shown or painted
+    (135, 190, 240), (235, 240, 248), (255, 225, 90), (130, 130, 150), (90, 150, 90), (180, 90, 60), (90, 90, 110),
+    (110, 190, 70), (235, 210, 140), (250, 250, 255), (40, 90, 190),
+    (220, 40, 40), (150, 80, 20), (240, 60, 200), (20, 90, 50), (60, 160, 130), (250, 130, 20), (150, 40, 160),
+    (110, 60, 90), (255, 150, 160), (20, 20, 30),
+)  # fmt: skip
+
+
 def use_style() -> None:
     """Readable defaults for every figure of a lesson; small files (sharp pixels compress better than smoothed ones)."""
     plt.rcParams.update(

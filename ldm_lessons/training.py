@@ -110,6 +110,8 @@ class Muon:
         for group in self.inner.param_groups:
             group["lr"] = lr
         for flat, p in zip(self.flat, self.parameters, strict=True):
+            if flat.data_ptr() != p.data_ptr():
+                raise RuntimeError("the model's weights were moved after Muon was made for them")
             flat.grad = None if p.grad is None else p.grad.reshape(flat.shape)
         self.inner.step()
         for flat, p in zip(self.flat, self.parameters, strict=True):
@@ -146,19 +148,15 @@ def train(
     with checkpoints.writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)  # before any time is spent
     model.to(accelerator.device)
+    wrapped = accelerator.prepare(model)  # before the optimisers are made: it may give the weights new places
     muon = Muon(inner_matrices(model), plan.muon) if plan.muon else None
     with_muon = {id(p) for p in muon.parameters} if muon else set()
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if id(p) not in with_muon],
-        plan.learning_rate,
-        (0.9, 0.98),
-        weight_decay=plan.weight_decay,
-        fused=True,
-    )
+    others = [p for p in model.parameters() if id(p) not in with_muon]
+    adam = torch.optim.AdamW(others, plan.learning_rate, (0.9, 0.98), weight_decay=plan.weight_decay, fused=True)
+    optimizers = {"optimizer": adam} | ({"muon": muon.inner} if muon else {})
     average = {k: v.detach().float().clone() for k, v in model.state_dict().items()} if plan.ema else None
-    optimizers = {"optimizer": optimizer} | ({"muon": muon.inner} if muon else {})
     step, curve = _resume(folder, model, optimizers, average, plan)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    optimizer = accelerator.prepare(adam)
     run = torch.compile(wrapped) if compile else wrapped
     first, count = accelerator.process_index, accelerator.num_processes
     saved = began = time.monotonic()

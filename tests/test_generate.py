@@ -1,6 +1,7 @@
 """Pictures: equal to diffusers' pipelines from the same weights, seeds that mean something, and exact borders."""
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -26,6 +27,7 @@ from ldm_lessons.generate import (
 )
 from ldm_lessons.samplers import SAMPLERS, make_sampler
 from ldm_lessons.schedules import NoiseSchedule
+from ldm_lessons.unet import UNet
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers'
 
@@ -177,19 +179,10 @@ def test_our_samplers_and_controlnet_run_in_their_controlnet_pipeline(pipe, tiny
             controlled.scheduler = scheduler
             results.append(controlled(PROMPT, image=photo(), generator=generator(), **options).images[0])
         assert abs(numbers(results[0]) - numbers(results[1])).max() <= 1, name
-    steered = copy.copy(tiny_model)
-    picture = to_tensor(tiny_model, photo())
-
-    class Steered(torch.nn.Module):  # our U-Net with our ControlNet
-        config, conv_in = tiny_model.unet.config, tiny_model.unet.conv_in
-
-        def forward(self, x, t, text):
-            return tiny_model.unet(x, t, text, ours(x, t, text, picture.expand(len(x), -1, -1, -1)))
-
-    steered.unet = Steered()
-    mine = text_to_image(steered, PROMPT, sampler="heun", progress=False, **options)[0]
+    options |= dict(sampler="heun", progress=False)
+    mine = text_to_image(tiny_model, PROMPT, control=ours.on(to_tensor(tiny_model, photo())), **options)[0]
     assert abs(numbers(mine) - numbers(results[0])).max() <= 1
-    plain = text_to_image(tiny_model, PROMPT, sampler="heun", progress=False, **options)[0]
+    plain = text_to_image(tiny_model, PROMPT, **options)[0]
     assert abs(numbers(plain) - numbers(mine)).max() > 20  # it does steer
 
 
@@ -239,6 +232,25 @@ def test_inpaint_is_that_of_diffusers_inside_the_mask(pipe, other, tiny_model, s
     ).images[0]
     got = inpaint(tiny_model, photo(), half_mask(), PROMPT, sampler="ddim", progress=False, **options)[0]
     assert abs(numbers(got) - numbers(want))[:, 16:].max() <= 1
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_a_unet_of_nine_channels_inpaints_as_in_diffusers(pipe, tiny_model, strength):
+    import diffusers
+
+    net = UNet(dataclasses.replace(tiny_model.unet.config, in_channels=9)).requires_grad_(False)
+    model = dataclasses.replace(tiny_model, unet=net)
+    unet = diffusers.UNet2DConditionModel.from_config(net.config.to_diffusers())
+    unet.load_state_dict(net.state_dict())
+    fill = diffusers.StableDiffusionInpaintPipeline(**(pipe.components | {"unet": unet}), requires_safety_checker=False)
+    fill.set_progress_bar_config(disable=True)
+    options = dict(num_inference_steps=8, guidance_scale=3.0, strength=strength)
+    want = fill(PROMPT, image=photo(), mask_image=half_mask(), height=32, width=32, generator=generator(), **options)
+    got = inpaint(model, photo(), half_mask(), PROMPT, sampler="ddim", progress=False, **options)[0]
+    assert abs(numbers(got) - numbers(want.images[0]))[:, 16:].max() <= 1
+    assert np.array_equal(numbers(got)[:, :16], numbers(photo())[:, :16])
+    plain = inpaint(tiny_model, photo(), half_mask(), PROMPT, sampler="ddim", progress=False, **options)[0]
+    assert abs(numbers(got) - numbers(plain)).max() > 8
 
 
 @pytest.mark.filterwarnings("ignore:the sampler takes")

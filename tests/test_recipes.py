@@ -9,18 +9,24 @@ import torch
 
 from ldm_lessons import checkpoints, models
 from ldm_lessons.recipes import __main__ as recipes
-from ldm_lessons.recipes import clip, unet
+from ldm_lessons.recipes import clip, common, conditions, small, unet
+from ldm_lessons.schedules import NoiseSchedule
+from ldm_lessons.training import generator as recipes_generator
 
+NAMES = ["judge", "clip", "vae", "unet", "inpaint", "controlnet", "vae-f4", "vae-f8", "vae-f16", "pixels"]
 TINY = ["--rows", "48", "--steps", "3", "--batch", "4", "--precision", "no"]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """All four trained for three steps, in the order that the README gives."""
+    """All trained for three steps, in the order that the README gives."""
     home = tmp_path_factory.mktemp("recipes")
     patch = pytest.MonkeyPatch()
     patch.setenv("LDM_LESSONS_DATA", str(home / "data"))
-    for name in ("judge", "clip", "vae", "unet"):
+    patch.setattr(models, "POCKET", home / "data" / "pocket")
+    patch.setitem(models.MODELS, "pocket", home / "data" / "pocket")
+    patch.setitem(models.MODELS, "pocket-inpaint", home / "data" / "inpaint")
+    for name in NAMES:
         recipes.main([name, *TINY, "--runs", str(home / "runs")])
     yield home
     patch.undo()
@@ -50,12 +56,70 @@ def test_the_result_runs_in_diffusers_and_here(made) -> None:
 
 def test_cards_say_how(made) -> None:
     cards = json.loads((made / "data" / "cards.json").read_text())
-    assert set(cards) == {"judge", "clip", "vae", "unet"}
+    assert set(cards) == set(NAMES)
     for name, card in cards.items():
         assert card["command"].startswith(f"python -m ldm_lessons.recipes {name}")
         assert card["samples"] == 12 and card["plan"]["seed"] == 0 and card["parameters"] > 1e5
         assert [row["step"] for row in card["curve"]] == [1, 2, 3]
         assert set(card["versions"]) == {"torch", "diffusers", "transformers", "accelerate"}
+
+
+def test_an_inpainting_unet_differs_from_the_pocket_one_in_what_was_trained(made) -> None:
+    plain, painting = models.load("pocket"), models.load("pocket-inpaint")
+    theirs, ours = plain.unet.state_dict(), painting.unet.state_dict()
+    assert ours["conv_in.weight"].shape[1] == 9
+    same = {k for k in theirs if theirs[k].shape == ours[k].shape and torch.equal(theirs[k], ours[k])}
+    assert same >= {k for k in theirs if not k.startswith(conditions.TRAINED)}
+    assert "up_blocks.2.resnets.0.conv1.weight" not in same
+    size = (made / "data" / "inpaint" / "changes.safetensors").stat().st_size
+    assert size < 0.15 * (made / "data" / "pocket" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+
+
+def test_holes_leave_something_and_take_something() -> None:
+    shares = [conditions.hole(recipes_generator(i)).float().mean().item() for i in range(200)]
+    assert 0.005 < min(shares) and max(shares) < 0.99 and 0.1 < sum(shares) / 200 < 0.5
+
+
+def test_the_race_counts_every_racer_alike(made, monkeypatch) -> None:
+    monkeypatch.setattr(small, "_pictures", lambda unet, vae, count: torch.rand(count, 3, 64, 64))
+    recipes.main(["race", "--rows", "48", "--batch", "4", "--minutes", "0.03", "--runs", str(made / "runs")])
+    found = json.loads((made / "data" / "small" / "race.json").read_text())
+    assert set(found["racers"]) == set(small.RACERS)
+    for f, racer in found["racers"].items():
+        assert len(racer["points"]) == 6 and racer["latent"][1] == 64 // int(f)
+        assert 0.03 <= racer["points"][-1]["minutes"] < 0.3
+
+
+def test_a_variant_leaves_the_pocket_model_alone(made) -> None:
+    before = (made / "data" / "pocket" / "scheduler" / "scheduler_config.json").read_text()
+    recipes.main(["unet", "--variant", "epsilon", *TINY, "--runs", str(made / "runs")])
+    model = models.load(made / "runs" / "unet-epsilon" / "model")
+    assert model.scheduler_config["prediction_type"] == "epsilon"
+    assert (made / "data" / "pocket" / "scheduler" / "scheduler_config.json").read_text() == before
+
+
+def test_the_same_loss_whatever_is_predicted() -> None:
+    """min-SNR weights make errors of eps, x0 and v from one and the same guess of x0 count alike."""
+    schedule = NoiseSchedule.from_config(unet.SCHEDULER)
+    rng = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 6, 4, 8, 8, generator=rng)
+    t, guess = torch.tensor([5, 100, 300, 500, 800, 999]), x0 + 0.1
+    x_t, losses = schedule.add_noise(x0, noise, t), []
+    a, s = (
+        v.view(-1, 1, 1, 1) for v in (schedule.alpha_bar[t].sqrt().float(), (1 - schedule.alpha_bar[t]).sqrt().float())
+    )
+    eps = (x_t - a * guess) / s
+    answers = {"sample": guess, "epsilon": eps, "v_prediction": a * eps - s * guess}
+    for kind, answer in answers.items():
+        error = (answer - unet.target(schedule, kind, x0, noise, t)).square().mean((1, 2, 3))
+        losses.append(error * unet.min_snr_weight(schedule, unet.Choices(prediction=kind, min_snr=5), t))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(losses[0], losses[2], rtol=1e-3, atol=1e-6)
+
+
+def test_minutes_go_on_when_the_clock_starts_anew() -> None:
+    curve = [{"step": k, "seconds": s} for k, s in enumerate((60, 120, 30, 90))]
+    assert common.minutes_of(curve) == [1, 2, 2.5, 3.5]
 
 
 def test_latents_have_unit_variance_after_scaling(made) -> None:

@@ -181,18 +181,21 @@ from test_training import *
 model, loss = problem()
 quiet = lambda m, rows, rng, done: (m(X[rows]) - Y[rows]).square().mean()
 X = torch.randn(50, 3, generator=training.generator(7)); Y = X.sum(1, keepdim=True)
-for p in train(model, quiet, PLAN, pathlib.Path({folder!r})): pass
+for p in train(model, quiet, replace(PLAN, muon={muon}), pathlib.Path({folder!r})): pass
 PartialState().destroy_process_group()
 os.write(1, f"ended at {{p.step}} {{p.losses['loss']:.6f}}\\n".encode())  # at one go: two processes write
 """
 
 
-def test_two_processes_share_a_batch(tmp_path) -> None:
+@pytest.mark.parametrize("muon", [0.0, 0.05])
+def test_two_processes_share_a_batch(tmp_path, muon: float) -> None:
     """Two CPU processes end where one process does: the same rows, shared out."""
     results = []
     for count in (1, 2):
         script = tmp_path / f"pair{count}.py"
-        script.write_text(PAIR.format(tests=str(Path(__file__).parent), folder=str(tmp_path / f"run{count}")))
+        script.write_text(
+            PAIR.format(tests=str(Path(__file__).parent), folder=str(tmp_path / f"run{count}"), muon=muon)
+        )
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), str(script)]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, env=env, timeout=180)

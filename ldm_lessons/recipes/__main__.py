@@ -7,7 +7,9 @@ from pathlib import Path
 
 from ldm_lessons import recipes
 from ldm_lessons.recipes.clip import train_clip
+from ldm_lessons.recipes.conditions import train_controlnet, train_inpaint
 from ldm_lessons.recipes.judge import train_judge
+from ldm_lessons.recipes.small import SMALL_VAES, race, train_pixels, train_small_vae
 from ldm_lessons.recipes.unet import VARIANTS, train_unet
 from ldm_lessons.recipes.vae import train_vae
 from ldm_lessons.training import Plan
@@ -18,12 +20,24 @@ PLANS = {
     "clip": Plan(steps=2400, rows=40_000, batch=64, learning_rate=1e-3, ema=0.995),
     "vae": Plan(steps=10_000, rows=40_000, batch=16, learning_rate=1.5e-3, ema=0.998, weight_decay=0.0),
     "unet": Plan(steps=12_000, rows=40_000, batch=64, learning_rate=1e-3, ema=0.998, muon=0.02),
+    "inpaint": Plan(steps=4000, rows=20_000, batch=32, learning_rate=5e-4, ema=0.998),
+    "controlnet": Plan(steps=4000, rows=20_000, batch=32, learning_rate=5e-4, ema=0.998),
+    "vae-f4": Plan(steps=3000, rows=20_000, batch=16, learning_rate=1.5e-3, ema=0.995, weight_decay=0.0),
+    "vae-f8": Plan(steps=3000, rows=20_000, batch=16, learning_rate=1.5e-3, ema=0.995, weight_decay=0.0),
+    "vae-f16": Plan(steps=3000, rows=20_000, batch=16, learning_rate=1.5e-3, ema=0.995, weight_decay=0.0),
+    "pixels": Plan(steps=6000, rows=20_000, batch=64, learning_rate=1e-3, ema=0.998),
+    "race": Plan(steps=1, rows=20_000, batch=64, learning_rate=1e-3),
 }
 RECIPES: dict[str, Callable[[Plan, argparse.Namespace], None]] = {
     "judge": train_judge,
     "clip": train_clip,
     "vae": train_vae,
     "unet": train_unet,
+    "inpaint": train_inpaint,
+    "controlnet": train_controlnet,
+    **dict.fromkeys(SMALL_VAES, train_small_vae),
+    "pixels": train_pixels,
+    "race": race,
 }
 
 

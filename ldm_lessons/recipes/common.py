@@ -89,17 +89,26 @@ def drive(
         raise SystemExit  # what follows is for one process
     _, header = checkpoints.read(folder)
     curve = header["curve"]
-    minutes = sum(max(b["seconds"] - a["seconds"], 0) for a, b in zip(curve, curve[1:], strict=False)) / 60
     return {
         "command": f"{launcher()} -m ldm_lessons.recipes {name} --precision {args.precision}",
         "plan": asdict(plan),
         "samples": plan.steps * plan.batch,
-        "minutes": round(minutes, 1),
+        "minutes": round(minutes_of(curve)[-1], 1),
         "parameters": sum(p.numel() for p in model.parameters()),
         "hardware": hardware(),
         "versions": {m: __import__(m).__version__ for m in ("torch", "diffusers", "transformers", "accelerate")},
         "curve": curve if last is None else last.curve,
     }
+
+
+def minutes_of(curve: list[dict]) -> list[float]:
+    """How long the training had taken at each row of its curve; the rows' own clock starts anew at every resumption."""
+    spent, found, before = 0.0, [], 0.0
+    for row in curve:
+        spent += row["seconds"] - (before if row["seconds"] >= before else 0)
+        before = row["seconds"]
+        found.append(spent / 60)
+    return found
 
 
 def launcher() -> str:

@@ -17,7 +17,7 @@ from ldm_lessons.judge import Judge
 from ldm_lessons.machine import data_dir
 from ldm_lessons.metrics import write_json
 from ldm_lessons.pipeline import LatentDiffusion
-from ldm_lessons.recipes.common import WORDINGS, batch_of, captions, drive, token_table, training_pictures
+from ldm_lessons.recipes.common import WORDINGS, batch_of, captions, drive, minutes_of, token_table, training_pictures
 from ldm_lessons.text import TextEncoder, tokenize
 from ldm_lessons.training import Plan
 from ldm_lessons.unet import UNet, UNetConfig
@@ -170,6 +170,17 @@ def places_of_things(plan: Plan) -> Tensor:
     return torch.stack([F.max_pool2d(torch.from_numpy(m >= first)[None].float(), 4) > 0 for m in maps])
 
 
+def noised(
+    mean: Tensor, deviation: Tensor, schedule: schedules.NoiseSchedule, rng: torch.Generator, shift: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A latent of each picture (B, 4, h, w), its noise, and a timestep (B,) from each B-th part of the schedule."""
+    x0 = mean.float() + deviation.float() * torch.randn(mean.shape, generator=rng)
+    noise = torch.randn(x0.shape, generator=rng)
+    t = (torch.randperm(len(x0), generator=rng) + torch.rand(len(x0), generator=rng)) / len(x0)
+    t = shift * t / (1 + (shift - 1) * t)
+    return x0, noise, (t * schedule.num_train_timesteps).long().clamp_max(schedule.num_train_timesteps - 1)
+
+
 def target(schedule: schedules.NoiseSchedule, prediction: str, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """What the network is to answer at t: the noise, the picture, or v."""
     if prediction == "v_prediction":
@@ -179,7 +190,7 @@ def target(schedule: schedules.NoiseSchedule, prediction: str, x0: Tensor, noise
 
 def min_snr_weight(schedule: schedules.NoiseSchedule, choices: Choices, t: Tensor) -> Tensor:
     """Weights (B,) with which every prediction counts like x0 at min(SNR, gamma) (arXiv:2303.09556 section 3.4)."""
-    snr = schedule.snr()[t].float()
+    snr = schedule.snr[t].float()
     per = {"v_prediction": snr + 1, "epsilon": snr, "sample": torch.ones_like(snr)}[choices.prediction]
     return snr.clamp_max(choices.min_snr) / per
 
@@ -201,10 +212,7 @@ def draw_stage(model: LatentDiffusion, path: Path) -> None:
 def keep_stages(made: Path, target: Path, curve: list[dict]) -> list[dict]:
     """Copy the rows that `draw_stage` left into `target`; says for each after how many steps and minutes it was."""
     target.mkdir(parents=True, exist_ok=True)
-    minutes, spent, before = {}, 0.0, 0.0
-    for row in curve:
-        spent += row["seconds"] - before if row["seconds"] > before else row["seconds"]  # a resumed run counts anew
-        before, minutes[row["step"]] = row["seconds"], spent / 60
+    minutes = dict(zip((row["step"] for row in curve), minutes_of(curve), strict=True))
     found = []
     for path in sorted(made.glob("step-*.webp")):
         step = int(path.stem.removeprefix("step-"))
@@ -248,12 +256,7 @@ def train_unet(plan: Plan, args: argparse.Namespace) -> None:
 
     def loss(model: nn.Module, rows: Tensor, rng: torch.Generator, done: float) -> dict[str, Tensor]:
         n = len(rows)
-        x0 = mean[rows].float() + deviation[rows].float() * torch.randn(n, *mean.shape[1:], generator=rng)
-        noise = torch.randn(x0.shape, generator=rng)
-        # one in each n-th part of the schedule
-        t = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n
-        t = choices.shift * t / (1 + (choices.shift - 1) * t)
-        t = (t * schedule.num_train_timesteps).long().clamp_max(schedule.num_train_timesteps - 1)
+        x0, noise, t = noised(mean[rows], deviation[rows], schedule, rng, choices.shift)
         ids = table[rows, torch.randint(WORDINGS, (n,), generator=rng)].long()
         ids[torch.rand(n, generator=rng) < 0.1] = nothing
         x_t, wanted = (

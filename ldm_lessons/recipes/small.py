@@ -1,0 +1,218 @@
+"""Small models for single lessons: VAEs that shrink 4, 8 and 16 times, a U-Net in pixels, and a race among them.
+
+All are of 64 x 64 scenes, but for the pixel U-Net of lesson 02, whose scenes have 32 x 32. None of them reads a text.
+"""
+
+import argparse
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ldm_lessons import cards, checkpoints, data, scenes, schedules, training
+from ldm_lessons.judge import Judge
+from ldm_lessons.machine import data_dir
+from ldm_lessons.metrics import features, frechet_distance, psnr, write_json
+from ldm_lessons.pipeline import to_pil
+from ldm_lessons.recipes.common import batch_of, drive, minutes_of
+from ldm_lessons.recipes.unet import SCHEDULER, noised
+from ldm_lessons.recipes.vae import reconstruction_loss
+from ldm_lessons.samplers import make_sampler
+from ldm_lessons.training import Plan
+from ldm_lessons.unet import UNet, UNetConfig
+from ldm_lessons.vae import VAE, VAEConfig
+from ldm_lessons.weights import load_model, save_model
+
+SMALL_VAES = {
+    "vae-f4": VAEConfig(latent_channels=3, block_out_channels=(24, 48, 96), norm_num_groups=4, sample_size=64),
+    "vae-f8": VAEConfig(latent_channels=4, block_out_channels=(16, 32, 64, 96), norm_num_groups=4, sample_size=64),
+    "vae-f16": VAEConfig(
+        latent_channels=16, block_out_channels=(16, 32, 64, 64, 96), norm_num_groups=4, sample_size=64
+    ),
+}
+RACERS = {"1": None, "4": "vae-f4", "8": "vae-f8", "16": "vae-f16"}
+KEPT = (10, 60)  # minutes after which the pixel U-Net's weights are kept, besides the last ones
+
+
+def small_unet(channels: int, side: int, widths: tuple[int, ...] = (32, 64, 96)) -> UNet:
+    """A U-Net without words: its middle reads one row of zeros where others read a text."""
+    return UNet(UNetConfig(
+        sample_size=side, in_channels=channels, out_channels=channels, block_out_channels=widths, heads=4,
+        down_block_types=("DownBlock2D",) * len(widths), norm_num_groups=8, cross_attention_dim=32,
+    ))  # fmt: skip
+
+
+def no_text(batch: int) -> Tensor:
+    """What stands in the place of a text: (batch, 1, 32) zeros."""
+    return torch.zeros(batch, 1, 32)
+
+
+def train_small_vae(plan: Plan, args: argparse.Namespace) -> None:
+    """One of `SMALL_VAES`, by the pocket VAE's loss without the judge, which looks at larger pictures."""
+    source = data.pictures(scenes.SPLITS["train"][: plan.rows], 64, args.runs / "cache")
+    vae = VAE(SMALL_VAES[args.name]).to(memory_format=torch.channels_last)
+
+    def loss(model: nn.Module, rows: Tensor, rng: torch.Generator, done: float) -> dict[str, Tensor]:
+        wanted = batch_of(source, rows, vae) * 2 - 1
+        built, found = model(wanted, rng)
+        kl = found.kl().mean() / found.mean[0].numel()
+        return {"loss": reconstruction_loss(built.float(), wanted) + 1e-3 * kl, "kl": kl}
+
+    facts = drive(args.name, vae, loss, plan, args)
+    vae.load_state_dict(checkpoints.ema_weights(args.runs / args.name))
+    vae.eval()
+    with torch.inference_mode():
+        z = vae.encode(batch_of(source, torch.arange(min(500, plan.rows)), vae) * 2 - 1).mode()
+        vae.config = replace(vae.config, scaling_factor=round(1 / z.std().item(), 5))
+        held_out = data.pictures(scenes.SPLITS["validation"][: min(500, plan.rows)], 64, args.runs / "cache")
+        shown = torch.from_numpy(held_out).float() / 255
+        built = torch.cat([vae.decode(vae.encode(x * 2 - 1).mode()) for x in shown.split(50)])
+    facts["validation"] = {"psnr": round(psnr((built / 2 + 0.5).clamp(0, 1), shown).mean().item(), 2)}
+    facts["latent"] = [vae.config.latent_channels, 64 // vae.config.downscale, 64 // vae.config.downscale]
+    save_model(vae, data_dir() / "small" / args.name)
+    cards.record(args.name, facts)
+    print(facts["validation"])
+
+
+def train_pixels(plan: Plan, args: argparse.Namespace) -> None:
+    """The denoiser of 32 x 32 pictures for lesson 02; some weights along the way are kept, and rows of samples."""
+    source = data.pictures(scenes.SPLITS["train"][: plan.rows], 32, args.runs / "cache")
+    unet, schedule = small_unet(3, 32), schedules.NoiseSchedule.from_config(SCHEDULER)
+    target = data_dir() / "small" / "pixels"
+
+    def loss(model: nn.Module, rows: Tensor, rng: torch.Generator, done: float) -> Tensor:
+        x0 = batch_of(source, rows, unet) * 2 - 1
+        return v_loss(model, x0, torch.zeros_like(x0), schedule, rng)
+
+    found = checkpoints.read(args.runs / "pixels")
+    before = minutes_of(found[1]["curve"])[-1] if found and found[1]["curve"] else 0.0
+    coming = [mark for mark in KEPT if mark > before]
+
+    def watch(progress: training.Progress) -> None:
+        if coming and before + progress.seconds / 60 >= coming[0]:
+            save_model(_filled(small_unet(3, 32), progress.ema), target / f"{coming.pop(0)}-minutes")
+
+    facts = drive("pixels", unet, loss, plan, args, watch)
+    unet.load_state_dict(checkpoints.ema_weights(args.runs / "pixels"))
+    save_model(unet.eval(), target / "last")
+    cards.record("pixels", facts)
+
+
+def v_loss(
+    model: nn.Module, mean: Tensor, deviation: Tensor, schedule: schedules.NoiseSchedule, rng: torch.Generator
+) -> Tensor:
+    """The mean squared error of v, (), on what `mean` and `deviation` (B, C, h, w) give."""
+    x0, noise, t = noised(mean, deviation, schedule, rng)
+    with sdpa_kernel(SDPBackend.MATH):
+        answer = model(schedule.add_noise(x0, noise, t), t, no_text(len(x0)))
+    return (answer.float() - schedule.velocity(x0, noise, t)).square().mean()
+
+
+@torch.inference_mode()
+def sample_small(unet: nn.Module, count: int, steps: int = 20, seed: int = 0, batch: int = 64) -> Tensor:
+    """`count` samples (N, C, h, w) of a U-Net without words, by DPM-Solver++."""
+    side, channels, made = unet.config.sample_size, unet.config.in_channels, []
+    noise = torch.randn(count, channels, side, side, generator=training.generator(seed, 7))
+    for x in noise.split(batch):
+        sampler = make_sampler("dpmpp_2m", **{k: v for k, v in SCHEDULER.items() if k in _OURS})
+        sampler.set_timesteps(steps)
+        for t in sampler.timesteps:
+            x = sampler.step(unet(x, t, no_text(len(x))), t, x, return_dict=False)[0]
+        made.append(x)
+    return torch.cat(made)
+
+
+_OURS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing")
+
+
+def race(plan: Plan, args: argparse.Namespace) -> None:
+    """The same U-Net in pixels and in latents of three sizes, as many minutes each (arXiv:2112.10752 figure 6).
+
+    Every few minutes of training each draws 256 scenes; the Fréchet distance to drawn ones goes into
+    `data/small/race.json`, with a row of the pictures at the end beside it. `--minutes` says how long each has.
+    """
+    minutes = args.minutes or 12.0
+    source = data.pictures(scenes.SPLITS["train"][: plan.rows], 64, args.runs / "cache")
+    judge, schedule = Judge.load().float().eval(), schedules.NoiseSchedule.from_config(SCHEDULER)
+    held_out = (
+        torch.from_numpy(data.pictures(scenes.SPLITS["validation"][:1000], 64, args.runs / "cache")).float() / 255
+    )
+    real = features(judge, F.interpolate(held_out, scale_factor=2.0, mode="bilinear"))
+    floor, folder = frechet_distance(real[:256], real[256:]), data_dir() / "small"
+    result = {"minutes": minutes, "floor": round(floor, 2), "batch": plan.batch, "racers": {}}
+    for f, name in RACERS.items():
+        vae = None if name is None else load_model(VAE, None, folder / name).float()
+        mean, deviation = _compressed(vae, source)
+        torch.manual_seed(plan.seed)
+        unet = small_unet(mean.shape[1], mean.shape[2])
+        average = {k: v.detach().clone() for k, v in unet.state_dict().items()}
+        optimizer = torch.optim.AdamW(unet.parameters(), plan.learning_rate, (0.9, 0.98), fused=True)
+        spent, step, points, marks = 0.0, 0, [], [minutes * k / 6 for k in range(1, 7)]
+        while marks:
+            began = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = plan.learning_rate * min(1, (step + 1) / 100)
+            rows = training.rows_of_step(plan, step)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = v_loss(
+                    unet, mean[rows].float(), deviation[rows].float(), schedule, training.generator(0, 2, step)
+                )
+            loss.backward()
+            nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            keep = min(0.998, (1 + step) / (10 + step))
+            with torch.no_grad():
+                for key, value in unet.state_dict().items():
+                    average[key].lerp_(value, 1 - keep)
+            spent += time.perf_counter() - began
+            if spent / 60 >= marks[0]:
+                marks.pop(0)
+                pictures = _pictures(_filled(small_unet(mean.shape[1], mean.shape[2]), average), vae, 256)
+                seen = features(judge, F.interpolate(pictures, scale_factor=2.0, mode="bilinear"))
+                points.append(
+                    {"minutes": round(spent / 60, 2), "step": step, "fid": round(frechet_distance(seen, real), 2)}
+                )
+                print(f, points[-1], flush=True)
+        _row(pictures[:12]).save(folder / f"race-f{f}.webp", quality=85, method=6)
+        result["racers"][f] = {
+            "latent": list(mean.shape[1:]), "parameters": sum(p.numel() for p in unet.parameters()), "points": points,
+        }  # fmt: skip
+        write_json(folder / "race.json", result)
+
+
+def _compressed(vae: nn.Module | None, source: np.ndarray) -> tuple[Tensor, Tensor]:
+    """What the U-Net of a race learns from: pictures in [-1, 1] or scaled latents, and their deviation; float16."""
+    if vae is None:
+        pixels = (torch.from_numpy(np.array(source)).float() / 127.5 - 1).half()
+        return pixels, torch.zeros(1, 1, 1, 1).half().expand_as(pixels)
+    means, deviations = [], []
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        for i in range(0, len(source), 100):
+            found = vae.encode(batch_of(source, torch.arange(i, min(i + 100, len(source))), vae) * 2 - 1)
+            means.append((found.mean.float() * vae.config.scaling_factor).half())
+            deviations.append(((0.5 * found.logvar.float()).exp() * vae.config.scaling_factor).half())
+    return torch.cat(means), torch.cat(deviations)
+
+
+@torch.inference_mode()
+def _pictures(unet: nn.Module, vae: nn.Module | None, count: int) -> Tensor:
+    x = sample_small(unet, count)
+    if vae is not None:
+        x = torch.cat([vae.decode(z / vae.config.scaling_factor) for z in x.split(64)])
+    return (x / 2 + 0.5).clamp(0, 1)
+
+
+def _filled(unet: UNet, state: dict) -> UNet:
+    unet.load_state_dict(state)
+    return unet.eval()
+
+
+def _row(pictures: Tensor) -> Image.Image:
+    return to_pil(torch.cat(list(pictures), 2)[None])[0]
