@@ -81,6 +81,7 @@ def test_holes_leave_something_and_take_something() -> None:
 
 
 def test_the_race_counts_every_racer_alike(made, monkeypatch) -> None:
+    monkeypatch.setattr(small, "DRAWS", 8)
     monkeypatch.setattr(small, "_pictures", lambda unet, vae, count: torch.rand(count, 3, 64, 64))
     recipes.main(["race", "--rows", "48", "--batch", "4", "--minutes", "0.03", "--runs", str(made / "runs")])
     found = json.loads((made / "data" / "small" / "race.json").read_text())
@@ -96,6 +97,19 @@ def test_a_variant_leaves_the_pocket_model_alone(made) -> None:
     model = models.load(made / "runs" / "unet-epsilon" / "model")
     assert model.scheduler_config["prediction_type"] == "epsilon"
     assert (made / "data" / "pocket" / "scheduler" / "scheduler_config.json").read_text() == before
+
+
+def test_variants_are_compared_by_one_budget(made, monkeypatch) -> None:
+    some = {name: unet.VARIANTS[name] for name in ("shipped", "AdamW alone")}
+    monkeypatch.setattr(unet, "VARIANTS", some)
+    command = ["compare", *TINY, "--count", "2", "--runs", str(made / "runs")]
+    recipes.main(command)
+    path = made / "data" / "comparison.json"
+    found, written = json.loads(path.read_text()), path.stat().st_mtime_ns
+    assert list(found) == list(some) and found["AdamW alone"]["choices"]["muon"] == 0
+    assert found["shipped"]["budget"] == {"steps": 3, "batch": 4, "rows": 48, "count": 2}
+    recipes.main(command)
+    assert path.stat().st_mtime_ns == written  # nothing is made twice
 
 
 def test_the_same_loss_whatever_is_predicted() -> None:

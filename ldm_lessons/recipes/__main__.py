@@ -10,7 +10,7 @@ from ldm_lessons.recipes.clip import train_clip
 from ldm_lessons.recipes.conditions import train_controlnet, train_inpaint
 from ldm_lessons.recipes.judge import train_judge
 from ldm_lessons.recipes.small import SMALL_VAES, race, train_pixels, train_small_vae
-from ldm_lessons.recipes.unet import VARIANTS, train_unet
+from ldm_lessons.recipes.unet import VARIANTS, compare, train_unet
 from ldm_lessons.recipes.vae import train_vae
 from ldm_lessons.training import Plan
 
@@ -19,7 +19,8 @@ PLANS = {
     "judge": Plan(steps=20_000, rows=40_000, batch=16, learning_rate=1e-3, ema=0.998),
     "clip": Plan(steps=2400, rows=40_000, batch=64, learning_rate=1e-3, ema=0.995),
     "vae": Plan(steps=10_000, rows=40_000, batch=16, learning_rate=1.5e-3, ema=0.998, weight_decay=0.0),
-    "unet": Plan(steps=12_000, rows=40_000, batch=64, learning_rate=1e-3, ema=0.998, muon=0.02),
+    "unet": Plan(steps=12_000, rows=40_000, batch=64, learning_rate=1e-3, ema=0.998),
+    "compare": Plan(steps=1200, rows=40_000, batch=32, learning_rate=1e-3, ema=0.995),
     "inpaint": Plan(steps=4000, rows=20_000, batch=32, learning_rate=5e-4, ema=0.998),
     "controlnet": Plan(steps=4000, rows=20_000, batch=32, learning_rate=5e-4, ema=0.998),
     "vae-f4": Plan(steps=3000, rows=20_000, batch=16, learning_rate=1.5e-3, ema=0.995, weight_decay=0.0),
@@ -33,6 +34,7 @@ RECIPES: dict[str, Callable[[Plan, argparse.Namespace], None]] = {
     "clip": train_clip,
     "vae": train_vae,
     "unet": train_unet,
+    "compare": compare,
     "inpaint": train_inpaint,
     "controlnet": train_controlnet,
     **dict.fromkeys(SMALL_VAES, train_small_vae),
@@ -48,6 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, help="how many training scenes (default: 40,000)")
     parser.add_argument("--batch", type=int, help="scenes a step")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="bf16")
+    parser.add_argument("--count", type=int, default=256, help="prompts by which `compare` judges a variant")
     parser.add_argument("--variant", choices=VARIANTS, default="shipped", help="other choices in the U-Net's loss")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the model: slower to start, faster to run"

@@ -14,6 +14,7 @@ from ldm_lessons.machine import data_dir
 from ldm_lessons.metrics import write_json
 from ldm_lessons.recipes.common import WORDINGS, batch_of, captions, drive, token_table, training_pictures, validation
 from ldm_lessons.scenes import words
+from ldm_lessons.scenes.world import COLOURS, HELD_OUT_KIND
 from ldm_lessons.text import TextConfig, tokenize
 from ldm_lessons.training import Plan
 from ldm_lessons.weights import save_model
@@ -93,20 +94,25 @@ def look_up(clip: nn.Module, tokenizer: PreTrainedTokenizerBase, held_out: list[
     hit = (one @ images.T).topk(min(5, len(held_out)), 1).indices == same
     found = {"recall@1": hit[:, 0], "recall@5": hit.any(1)}
     found["paraphrase recall@1"] = (one @ other.T).argmax(1, keepdim=True) == same
+
+    def choose(rows: list[int], right: list[str], options: dict[str, list[str]]) -> dict:
+        said = torch.stack([F.normalize(texts(sentences).mean(0), dim=0) for sentences in options.values()])
+        chosen = (images[rows] @ said.T).argmax(1).tolist()
+        hits = sum(list(options)[k] == name for k, name in zip(chosen, right, strict=True))
+        return {"accuracy": round(hits / max(len(rows), 1), 4), "asked": len(rows), "chance": round(1 / len(said), 3)}
+
     zero_shot = {}
     tables = {"time": words.TIME_WORDS, "weather": words.WEATHER_WORDS, "ground": words.GROUND_WORDS}
     for name, table in (tables | {"backdrop": words.BACKDROP_WORDS}).items():
         rows = [i for i, s in enumerate(held_out) if getattr(s, name) in table]
-        options = torch.stack(
-            [F.normalize(texts([f"a landscape {w}" for w in said]).mean(0), dim=0) for said in table.values()]
-        )
-        guess = (images[rows] @ options.T).argmax(1).tolist()
-        right = [list(table)[g] == getattr(held_out[i], name) for g, i in zip(guess, rows, strict=True)]
-        zero_shot[name] = {
-            "accuracy": round(sum(right) / max(len(right), 1), 4),
-            "asked": len(right),
-            "chance": 1 / len(table),
-        }
+        options = {value: [f"a landscape {w}" for w in said] for value, said in table.items()}
+        zero_shot[name] = choose(rows, [getattr(held_out[i], name) for i in rows], options)
+    alone = [i for i, s in enumerate(held_out) if len(s.objects) == 1]
+    kinds = {k: [f"a {w}" for w in said] for k, said in words.KIND_WORDS.items() if k != HELD_OUT_KIND}
+    zero_shot["object"] = choose(alone, [held_out[i].objects[0].kind for i in alone], kinds)
+    coloured = [i for i in alone if held_out[i].objects[0].colour in COLOURS]
+    colours = {c: [f"a {c} {w}" for said in words.KIND_WORDS.values() for w in said] for c in COLOURS}
+    zero_shot["colour"] = choose(coloured, [held_out[i].objects[0].colour for i in coloured], colours)
     return {k: round(v.float().mean().item(), 4) for k, v in found.items()} | {
         "scenes": len(held_out),
         "zero-shot": zero_shot,

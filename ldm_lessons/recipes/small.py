@@ -36,6 +36,7 @@ SMALL_VAES = {
     ),
 }
 RACERS = {"1": None, "4": "vae-f4", "8": "vae-f8", "16": "vae-f16"}
+DRAWS = 256  # pictures by which a racer is judged
 KEPT = (10, 60)  # minutes after which the pixel U-Net's weights are kept, besides the last ones
 
 
@@ -133,7 +134,7 @@ _OURS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "pred
 def race(plan: Plan, args: argparse.Namespace) -> None:
     """The same U-Net in pixels and in latents of three sizes, as many minutes each (arXiv:2112.10752 figure 6).
 
-    Every few minutes of training each draws 256 scenes; the Fréchet distance to drawn ones goes into
+    Every few minutes of training each draws `DRAWS` scenes; the Fréchet distance to drawn ones goes into
     `data/small/race.json`, with a row of the pictures at the end beside it. `--minutes` says how long each has.
     """
     minutes = args.minutes or 12.0
@@ -143,7 +144,7 @@ def race(plan: Plan, args: argparse.Namespace) -> None:
         torch.from_numpy(data.pictures(scenes.SPLITS["validation"][:1000], 64, args.runs / "cache")).float() / 255
     )
     real = features(judge, F.interpolate(held_out, scale_factor=2.0, mode="bilinear"))
-    floor, folder = frechet_distance(real[:256], real[256:]), data_dir() / "small"
+    floor, folder = frechet_distance(real[:DRAWS], real[DRAWS:]), data_dir() / "small"
     result = {"minutes": minutes, "floor": round(floor, 2), "batch": plan.batch, "racers": {}}
     for f, name in RACERS.items():
         vae = None if name is None else load_model(VAE, None, folder / name).float()
@@ -174,7 +175,7 @@ def race(plan: Plan, args: argparse.Namespace) -> None:
             spent += time.perf_counter() - began
             if spent / 60 >= marks[0]:
                 marks.pop(0)
-                pictures = _pictures(_filled(small_unet(mean.shape[1], mean.shape[2]), average), vae, 256)
+                pictures = _pictures(_filled(small_unet(mean.shape[1], mean.shape[2]), average), vae, DRAWS)
                 seen = features(judge, F.interpolate(pictures, scale_factor=2.0, mode="bilinear"))
                 points.append(
                     {"minutes": round(spent / 60, 2), "step": step, "fid": round(frechet_distance(seen, real), 2)}

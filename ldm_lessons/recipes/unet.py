@@ -1,9 +1,10 @@
 """The U-Net's recipe, and the choices in it that can be compared."""
 
 import argparse
+import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ldm_lessons import cards, checkpoints, scenes, schedules, training
-from ldm_lessons.judge import Judge
+from ldm_lessons import cards, checkpoints, data, metrics, models, scenes, schedules, training
+from ldm_lessons.judge import Judge, score
 from ldm_lessons.machine import data_dir
 from ldm_lessons.metrics import write_json
 from ldm_lessons.pipeline import LatentDiffusion
@@ -66,7 +67,7 @@ class Choices:
     words are mostly about, and they cover a fifteenth of the pictures. ``align`` weighs, as long, how well the middle
     of the U-Net tells what the judge's layers see in the clean picture (arXiv:2410.06940 eq. (8)). ``min_snr`` is the
     gamma of arXiv:2303.09556 (0: all noise levels alike); ``shift`` draws noisier timesteps more often, as
-    arXiv:2403.03206 eq. (23) does.
+    arXiv:2403.03206 eq. (23) does. ``muon`` is the learning rate of Muon, 0 to have AdamW for everything.
     """
 
     prediction: str = "v_prediction"
@@ -75,6 +76,7 @@ class Choices:
     align: float = 1.5
     min_snr: float = 0.0
     shift: float = 1.0
+    muon: float = 0.02
 
 
 VARIANTS = {
@@ -86,6 +88,7 @@ VARIANTS = {
     "min-SNR": Choices(min_snr=5),
     "cosine": Choices(beta_schedule="squaredcos_cap_v2"),
     "shifted": Choices(shift=2),
+    "AdamW alone": Choices(muon=0),
 }
 
 
@@ -223,16 +226,24 @@ def keep_stages(made: Path, target: Path, curve: list[dict]) -> list[dict]:
 
 
 def train_unet(plan: Plan, args: argparse.Namespace) -> None:
-    """The denoiser of latents: v-prediction (arXiv:2202.00512), every noise level alike, 10 % of captions dropped.
+    """The pocket model's U-Net, or another variant of it in `runs/unet-VARIANT`."""
+    shipped = args.variant == "shipped"
+    make_denoiser("unet" if shipped else f"unet-{_file_name(args.variant)}", VARIANTS[args.variant], plan, args)
+
+
+def _file_name(variant: str) -> str:
+    return variant.replace(" ", "-")
+
+
+def make_denoiser(name: str, choices: Choices, plan: Plan, args: argparse.Namespace) -> None:
+    """The denoiser of latents, 10 % of captions dropped; "unet" goes into the pocket model, others stay in `runs/name`.
 
     The last part of the run leaves out what favours things (see `Choices`), which takes its bias out again.
     """
     from accelerate import PartialState
     from transformers import CLIPTokenizer
 
-    name, choices = "unet", VARIANTS[args.variant]
-    if args.variant != "shipped":
-        name = f"unet-{args.variant.replace(' ', '-')}"
+    plan = replace(plan, muon=choices.muon)
     pocket, shared = data_dir() / "pocket", args.runs / "unet"
     tokenizer = CLIPTokenizer.from_pretrained(pocket / "tokenizer")
     vae = load_model(VAE, None, pocket / "vae").float()
@@ -290,14 +301,15 @@ def train_unet(plan: Plan, args: argparse.Namespace) -> None:
 
     facts = drive(name, model, loss, plan, args, watch)
     model.load_state_dict(checkpoints.ema_weights(args.runs / name))
-    facts["stages"] = keep_stages(args.runs / name, data_dir() / "stages", facts["curve"])
+    if name == "unet":
+        facts["stages"] = keep_stages(args.runs / name, data_dir() / "stages", facts["curve"])
     facts["choices"] = asdict(choices)
-    if args.variant != "shipped":
+    if name != "unet":
         pocket = args.runs / name / "model"
         for part in ("vae", "text_encoder", "tokenizer"):
             shutil.copytree(data_dir() / "pocket" / part, pocket / part, dirs_exist_ok=True)
     save_pipeline(model.unet, pocket, config, facts["versions"]["diffusers"])
-    if args.variant == "shipped":
+    if name == "unet":
         cards.record("unet", facts)
     else:
         write_json(args.runs / name / "facts.json", facts)
@@ -323,3 +335,36 @@ def save_pipeline(unet: UNet, folder: Path, scheduler: dict, version: str) -> No
             "vae": ["diffusers", "AutoencoderKL"],
         },
     )
+
+
+def compare(plan: Plan, args: argparse.Namespace) -> None:
+    """Train every variant for the same few samples and have the judge look; `data/comparison.json` has a row for each.
+
+    A row that is there already, of the same plan, is not made again.
+    """
+    path, asked = data_dir() / "comparison.json", [scenes.sample_scene(i, "test") for i in range(args.count)]
+    told = [scenes.caption_with_mentions(s, 0) for s in asked]
+    judge = Judge.load().float()
+    other = data.pictures(scenes.SPLITS["test"][args.count : 3 * args.count], 128, args.runs / "cache")
+    real = metrics.features(judge, torch.from_numpy(other).float() / 255)
+    for variant in [args.variant] if args.variant != "shipped" else VARIANTS:
+        rows = json.loads(path.read_text()) if path.exists() else {}
+        budget = {"steps": plan.steps, "batch": plan.batch, "rows": plan.rows, "count": args.count}
+        if rows.get(variant, {}).get("budget") == budget:
+            continue
+        folder = args.runs / f"compare-{_file_name(variant)}"
+        make_denoiser(folder.name, VARIANTS[variant], plan, args)
+        shown, _ = metrics.make(models.load(folder / "model"), [t.text for t in told], variant)
+        found = score(judge, shown, asked, [t.mentions for t in told])
+        facts = json.loads((folder / "facts.json").read_text())
+        rows = json.loads(path.read_text()) if path.exists() else {}  # another process may have added one
+        rows[variant] = {
+            "budget": budget,
+            "choices": facts["choices"],
+            "minutes": facts["minutes"],
+            "accuracy": {k: v["accuracy"] for k, v in found.to_dict()["attributes"].items()},
+            "all_right": round(found.all_right[0] / args.count, 4),
+            "fid": round(metrics.frechet_distance(metrics.features(judge, shown), real), 2),
+        }
+        write_json(path, rows)
+        print(variant, rows[variant]["all_right"], rows[variant]["accuracy"], rows[variant]["fid"])
