@@ -1,13 +1,13 @@
 """Widgets for the notebooks (ipywidgets 7.7 and later, so that they work on Colab as they do in JupyterLab).
 
 Their parts carry CSS classes, by which the browser test finds them: `prompt-box`, `seed-slider`, `make-picture`,
-`picture`, `widget-message`.
+`picture`, `picture-slider`, `widget-message`.
 """
 
 import html
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets
@@ -124,3 +124,50 @@ def prompt_box(
         )[0]
 
     return PromptBox(make, prompt, seed, num_inference_steps)
+
+
+class PictureSlider(ipywidgets.VBox):
+    """A slider, a choice and the picture made from both, anew at every move.
+
+    `make(value, choice)` returns anything that `show.as_array` takes; `value` goes from 0 to `largest`.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int, str], Any],
+        largest: int,
+        choices: Sequence[str],
+        value: int = 0,
+        label: str = "t",
+        scale: int = 3,
+    ):
+        self.make, self.scale = make, scale
+        wide = ipywidgets.Layout(width="420px")
+        self.slider = ipywidgets.IntSlider(value, 0, largest, description=label, layout=wide)
+        self.choice = ipywidgets.ToggleButtons(options=list(choices))
+        self.picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(width="fit-content"))
+        self.slider.add_class("picture-slider")
+        self.picture.add_class("picture")
+        super().__init__([self.choice, self.slider, self.picture])
+        self.slider.observe(self._moved, "value")
+        self.choice.observe(self._moved, "value")
+        self._moved()
+
+    def _moved(self, _change: dict | None = None) -> None:
+        self.picture.value = show.png_bytes(self.make(self.slider.value, self.choice.value), scale=self.scale)
+
+
+def noise_slider(picture: Any, schedules: Mapping[str, Any], t: int = 300, seed: int = 0) -> PictureSlider:
+    """`picture`, float (3, H, W) in [-1, 1], with the noise of timestep t: a slider for t, a button for each schedule.
+
+    `schedules` are `NoiseSchedule`s by name; the noise itself is always the same.
+    """
+    import torch
+
+    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(seed))
+
+    def make(t: int, name: str) -> Any:
+        return (schedules[name].add_noise(picture, noise, t) / 2 + 0.5).clamp(0, 1)
+
+    largest = min(s.num_train_timesteps for s in schedules.values()) - 1
+    return PictureSlider(make, largest, list(schedules), t)
