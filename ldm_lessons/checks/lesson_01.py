@@ -1,4 +1,4 @@
-"""Marking for 01_noise_and_denoising: the jump, alpha_bar, equal noise on two schedules, the posterior's mean."""
+"""Marking for 01_noise_and_denoising: jump, alpha_bar, equal noise, the posterior's mean, the ideal guess."""
 
 import torch
 
@@ -19,9 +19,14 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _jump(g: torch.Generator) -> list[tuple]:
-    x0, noise = torch.randn(2, 4, 3, 5, 5, generator=g)
-    return [(x0, noise, torch.tensor(t), _linear(1000)) for t in ([0, 1, 2, 3], [999, 500, 20, 250])] + [
-        (x0[:3], noise[:3], torch.tensor([3, 9, 0]), _cosine(10))
+    def probe(rows: int, t: list[int], table: torch.Tensor) -> tuple:
+        x0, noise = torch.randn(2, rows, 3, 5, 5, generator=g)
+        return x0, noise, torch.tensor(t), table
+
+    return [
+        probe(4, [0, 1, 2, 3], _linear(1000)),
+        probe(4, [999, 500, 20, 250], _linear(1000)),
+        probe(3, [3, 9, 0], _cosine(10)),
     ]
 
 
@@ -50,6 +55,15 @@ add_noise = Exercise(
         Wrong(
             lambda x0, noise, t, ab: _rows(ab[t].sqrt()) * x0 + noise,
             "You shrank the picture but added the noise at full strength: its factor is the root of 1 - alpha_bar.",
+        ),
+        Wrong(
+            lambda x0, noise, t, ab: ab[t].sqrt() * x0 + (1 - ab[t]).sqrt() * noise,
+            "`alpha_bar[t]` has the shape (B,), and (B, C, H, W) is to be multiplied with it row by row: give it three "
+            "more dimensions of size 1, with `.view(-1, 1, 1, 1)`.",
+        ),
+        Wrong(
+            lambda x0, noise, t, ab: _rows(ab[t].sqrt()) * x0 + _rows((1 - ab[t]).sqrt()) * torch.randn_like(x0),
+            "You drew noise of your own. Use the `noise` that is given: later the network is asked about it.",
         ),
         Wrong(
             lambda x0, noise, t, ab: ab[t].sqrt()[0] * x0 + (1 - ab[t]).sqrt()[0] * noise,
@@ -125,6 +139,18 @@ same_noise = Exercise(
             "You compared the SNRs themselves. They go from thousands down to thousandths; compare their logarithms.",
         ),
         Wrong(
+            lambda t, first, second: int((_logit(first) - _logit(second)[t]).abs().argmin()),
+            "You swapped the tables: t belongs to alpha_bar_1, and the answer to alpha_bar_2.",
+        ),
+        Wrong(
+            lambda t, first, second: int((_logit(second) - _logit(first[t])).argmin()),
+            "You took the smallest difference, which is the most negative one. Nearest means smallest without sign.",
+        ),
+        Wrong(
+            lambda t, first, second: int((second.log() - first[t].log()).abs().argmin()),
+            "You compared the logarithms of alpha_bar. The signal-to-noise ratio is alpha_bar / (1 - alpha_bar).",
+        ),
+        Wrong(
             lambda t, first, second: t,
             "You gave t back. The same t means another amount of noise in another schedule.",
         ),
@@ -151,7 +177,7 @@ def _steps(g: torch.Generator) -> list[tuple]:
     betas = torch.linspace(1e-3, 0.3, 20, dtype=torch.float64)
     ab = torch.cumprod(1 - betas, 0)
     x = torch.randn(2, 2, 3, 4, 4, generator=g)
-    return [(x[0], x[1], t, betas.float(), ab.float()) for t in (1, 8, 19)]
+    return [(x[0], x[1], t, betas.float(), ab.float()) for t in (8, 1, 19)]
 
 
 posterior_mean = Exercise(
@@ -160,7 +186,7 @@ posterior_mean = Exercise(
     probes=_steps,
     rtol=1e-3,
     atol=1e-4,
-    good="Nearly all of it is x_t: a single step does not lead far. The little bit of x0 is what pulls it home.",
+    good="While there is much noise it is nearly all x_t; at the last steps before the picture, x0 takes over.",
     wrong_answers=(
         Wrong(
             lambda x_t, x0, t, b, ab: (
@@ -178,7 +204,27 @@ posterior_mean = Exercise(
             lambda x_t, x0, t, b, ab: (
                 ab[t - 1].sqrt() * b[t] / (1 - ab[t]) * x_t + (1 - b[t]).sqrt() * (1 - ab[t - 1]) / (1 - ab[t]) * x0
             ),
-            "You swapped x0 and x_t. x_t has by far the larger share: one step does not lead far.",
+            "You swapped x0 and x_t: the factor that holds beta_t belongs to x0.",
+        ),
+        Wrong(
+            lambda x_t, x0, t, b, ab: (
+                ab[t - 1] * b[t] / (1 - ab[t]) * x0 + (1 - b[t]) * (1 - ab[t - 1]) / (1 - ab[t]) * x_t
+            ),
+            "You left out the two square roots.",
+        ),
+        Wrong(
+            lambda x_t, x0, t, b, ab: (
+                ab[t - 1].sqrt() * b[t - 1] / (1 - ab[t]) * x0
+                + (1 - b[t - 1]).sqrt() * (1 - ab[t - 1]) / (1 - ab[t]) * x_t
+            ),
+            "You took beta at t - 1. The step that is to be undone is step t, with its own beta; only alpha_bar is "
+            "wanted at both times.",
+        ),
+        Wrong(
+            lambda x_t, x0, t, b, ab: (
+                ab[t].sqrt() * b[t] / (1 - ab[t]) * x0 + (1 - b[t]).sqrt() * (1 - ab[t]) / (1 - ab[t]) * x_t
+            ),
+            "You took alpha_bar at t everywhere. Above the fraction bar it is that of t - 1.",
         ),
         Wrong(
             lambda x_t, x0, t, b, ab: (x_t - b[t].sqrt() * x0) / (1 - b[t]).sqrt(),
@@ -189,6 +235,68 @@ posterior_mean = Exercise(
             lambda x_t, x0, t, b, ab: ab[t - 1].sqrt() * x0 + (1 - ab[t - 1]).sqrt() * x_t,
             "This is the jump to t - 1 with x_t in the noise's place. It forgets that x_t itself holds a share "
             "of the picture.",
+        ),
+    ),
+)
+
+
+def _guess(x_t: torch.Tensor, data: torch.Tensor, ab: float) -> torch.Tensor:
+    """With plain sums, row by row."""
+    rows = []
+    for x in x_t.double():
+        exponents = torch.stack([-((x - ab**0.5 * d) ** 2).sum() / (2 * (1 - ab)) for d in data.double()])
+        weights = (exponents - exponents.max()).exp()
+        rows.append((weights[:, None] * data).sum(0) / weights.sum())
+    return torch.stack(rows).to(data.dtype)
+
+
+def _worlds(g: torch.Generator) -> list[tuple]:
+    found = []
+    for n, d, ab in ((5, 4, 0.1), (12, 2, 0.5), (3, 6, 0.03)):
+        data = torch.randn(n, d, generator=g)
+        found.append((ab**0.5 * data[:3] + (1 - ab) ** 0.5 * torch.randn(3, d, generator=g), data, ab))
+    return found
+
+
+ideal_guess = Exercise(
+    name="The ideal denoiser",
+    oracle=_guess,
+    probes=_worlds,
+    rtol=1e-3,
+    atol=1e-4,
+    good="That is the best that any denoiser can do on these pictures, and all that it can do.",
+    wrong_answers=(
+        Wrong(
+            lambda x, data, ab: (-(torch.cdist(x, data) ** 2) / (2 * (1 - ab))).softmax(1) @ data,
+            "You compared x_t with the pictures themselves. In x_t they are shrunk by the root of alpha_bar.",
+        ),
+        Wrong(
+            lambda x, data, ab: (-torch.cdist(x, ab**0.5 * data) / (2 * (1 - ab))).softmax(1) @ data,
+            "The exponent holds the distance *squared*.",
+        ),
+        Wrong(
+            lambda x, data, ab: (-(torch.cdist(x, ab**0.5 * data) ** 2)).softmax(1) @ data,
+            "The squared distance is to be measured in units of the noise: divide it by 2 (1 - alpha_bar_t).",
+        ),
+        Wrong(
+            lambda x, data, ab: (-(torch.cdist(x, ab**0.5 * data) ** 2) / (2 * (1 - ab) ** 0.5)).softmax(1) @ data,
+            "You divided by the noise's deviation; its *variance*, 1 - alpha_bar_t, belongs there.",
+        ),
+        Wrong(
+            lambda x, data, ab: data[torch.cdist(x, ab**0.5 * data).argmin(1)],
+            "You took the nearest picture. The guess is the mean of all, each with its weight.",
+        ),
+        Wrong(
+            lambda x, data, ab: (-(torch.cdist(x, ab**0.5 * data) ** 2) / (2 * (1 - ab))).softmax(0) @ data,
+            "Your weights add up to 1 over the rows of x_t. They should over the pictures: softmax along dimension 1.",
+        ),
+        Wrong(
+            lambda x, data, ab: (-(torch.cdist(x, ab**0.5 * data) ** 2) / (2 * (1 - ab))).exp() @ data,
+            "Your weights do not add up to 1: divide each row by its sum, or use softmax.",
+        ),
+        Wrong(
+            lambda x, data, ab: (-(torch.cdist(x, ab**0.5 * data) ** 2) / (2 * (1 - ab))).softmax(1) @ (ab**0.5 * data),
+            "That is the guess at the shrunk picture. x0 itself is wanted: the weighted mean of `data`.",
         ),
     ),
 )
