@@ -238,3 +238,20 @@ def test_lesson_00_makes_another_picture(open_notebook):
     assert not errors, "\n".join(errors)
     use_the_widget(page, "a blue boat on a lake at night")
     assert page.evaluate(STATE)["errors"] == []
+
+
+def test_lesson_01_noises_a_picture_by_slider(open_notebook):
+    page = open_notebook("01_noise_and_denoising.ipynb")
+    errors = run_all(page)
+    assert not errors, "\n".join(errors)
+    picture = page.locator("img.picture, .picture img").first
+    picture.scroll_into_view_if_needed()
+    before = pixels(picture)
+    page.locator(".picture-slider .noUi-handle").first.focus()
+    for _ in range(5):
+        page.keyboard.press("ArrowRight")
+    wait_until("the picture to get noisier", lambda: pixels(picture) != before, 60)
+    noisier = pixels(picture)
+    page.get_by_text("cosine", exact=True).last.click()
+    wait_until("the picture of another schedule", lambda: pixels(picture) != noisier, 60)
+    assert page.evaluate(STATE)["errors"] == []

@@ -7,9 +7,11 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from ldm_lessons import widgets
+from ldm_lessons import schedules, show, widgets
+from ldm_lessons.schedules import NoiseSchedule
 
 
 def stand_in(prompt: str, seed: int, on_step) -> np.ndarray:
@@ -105,3 +107,20 @@ def test_prompt_box_hands_its_settings_to_text_to_image(monkeypatch):
     box.seed.value = 4
     assert [(m, p, s["seed"]) for m, p, s in calls] == [("model", "a tree", 2), ("model", "a tree", 4)]
     assert all(s["num_inference_steps"] == 5 and s["guidance_scale"] == 3.0 and not s["progress"] for *_, s in calls)
+
+
+def test_a_noise_slider_shows_what_add_noise_gives():
+    named = {"linear": NoiseSchedule(schedules.linear()), "cosine": NoiseSchedule(schedules.cosine())}
+    picture = torch.linspace(-1, 1, 3 * 8 * 8).view(3, 8, 8)
+    box = widgets.noise_slider(picture, named, t=0, seed=3)
+    noise = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+    def expected(name: str, t: int) -> bytes:
+        return show.png_bytes((named[name].add_noise(picture, noise, t) / 2 + 0.5).clamp(0, 1), scale=3)
+
+    assert box.picture.value == expected("linear", 0)
+    box.slider.value = 700
+    assert box.picture.value == expected("linear", 700)
+    box.choice.value = "cosine"
+    assert box.picture.value == expected("cosine", 700)
+    assert box.slider.max == 999

@@ -10,7 +10,7 @@ from ldm_lessons.recipes.clip import train_clip
 from ldm_lessons.recipes.conditions import train_controlnet, train_inpaint
 from ldm_lessons.recipes.judge import train_judge
 from ldm_lessons.recipes.small import SMALL_VAES, race, train_pixels, train_small_vae
-from ldm_lessons.recipes.unet import VARIANTS, compare, train_unet
+from ldm_lessons.recipes.unet import VARIANTS, compare_variants, train_unet
 from ldm_lessons.recipes.vae import train_vae
 from ldm_lessons.training import Plan
 
@@ -34,7 +34,7 @@ RECIPES: dict[str, Callable[[Plan, argparse.Namespace], None]] = {
     "clip": train_clip,
     "vae": train_vae,
     "unet": train_unet,
-    "compare": compare,
+    "compare": compare_variants,
     "inpaint": train_inpaint,
     "controlnet": train_controlnet,
     **dict.fromkeys(SMALL_VAES, train_small_vae),

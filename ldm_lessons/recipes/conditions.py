@@ -28,7 +28,7 @@ TRAINED = ("conv_in.", "down_blocks.0.", "up_blocks.2.", "conv_norm_out.", "conv
 CAPTIONS_DROPPED = 0.5  # of a ControlNet's: it is to read the map (arXiv:2302.05543 section 3.3)
 
 
-def start(plan: Plan, args: argparse.Namespace) -> tuple[LatentDiffusion, np.ndarray, Tensor, Tensor, Tensor]:
+def frozen_model(plan: Plan, args: argparse.Namespace) -> tuple[LatentDiffusion, np.ndarray, Tensor, Tensor, Tensor]:
     """The pocket model, frozen; pictures; mean and deviation of their latents; their captions as tokens."""
     from accelerate import PartialState
 
@@ -104,7 +104,7 @@ def train_inpaint(plan: Plan, args: argparse.Namespace) -> None:
     Only its first and last layers and the levels at 16 x 16 are trained. They see the new channels first and the
     answer last; the rest knows the world already. So 1 MB is kept instead of 21.
     """
-    model, source, mean, deviation, table = start(plan, args)
+    model, source, mean, deviation, table = frozen_model(plan, args)
     hole, kept = masked_latents(model, source, maps_of(plan, args.runs), args.runs / "inpaint")
     unet = UNet(replace(model.unet.config, in_channels=9))
     state = model.unet.state_dict()
@@ -191,7 +191,7 @@ def jump(picture: np.ndarray, mask: np.ndarray) -> float:
 
 def train_controlnet(plan: Plan, args: argparse.Namespace) -> None:
     """A ControlNet (arXiv:2302.05543) that reads a semantic map, painted in the colours of `show.LABEL_COLOURS`."""
-    model, _, mean, deviation, table = start(plan, args)
+    model, _, mean, deviation, table = frozen_model(plan, args)
     maps, colours = torch.from_numpy(maps_of(plan, args.runs)), torch.tensor(show.LABEL_COLOURS).float() / 255
     net = ControlNet.from_unet(model.unet, conditioning_embedding_out_channels=(16, 32, 32, 64))
     frozen = model.unet.requires_grad_(False)

@@ -337,7 +337,7 @@ def save_pipeline(unet: UNet, folder: Path, scheduler: dict, version: str) -> No
     )
 
 
-def compare(plan: Plan, args: argparse.Namespace) -> None:
+def compare_variants(plan: Plan, args: argparse.Namespace) -> None:
     """Train every variant for the same few samples and have the judge look; `data/comparison.json` has a row for each.
 
     A row that is there already, of the same plan, is not made again.
