@@ -22,6 +22,12 @@ WHAT = {
     "clip": ("`clip/`, `pocket/text_encoder/`, `pocket/tokenizer/`", "tokenizer, text tower and picture tower"),
     "vae": ("`pocket/vae/`", "f = 8, four latent channels: (3, 128, 128) pictures to (4, 16, 16) latents"),
     "unet": ("`pocket/unet/`", "the denoiser of latents, v-prediction, 10 % of the captions left out"),
+    "inpaint": ("`inpaint/`", "what an inpainting U-Net of nine channels has otherwise than the pocket model's"),
+    "controlnet": ("`controlnet/`", "steers the pocket model by a semantic map, painted in colours"),
+    "vae-f4": ("`small/vae-f4/`", "f = 4, for 64 × 64 pictures (lessons 04 and 05)"),
+    "vae-f8": ("`small/vae-f8/`", "f = 8, for 64 × 64 pictures"),
+    "vae-f16": ("`small/vae-f16/`", "f = 16, for 64 × 64 pictures"),
+    "pixels": ("`small/pixels/`", "a denoiser of 32 × 32 pictures, early and at the end (lesson 02)"),
 }
 LIMITS = """The models know this one world and its words. Places, sizes and counts are obeyed less often than sky,
 ground and colour; small things (birds, stars, rain, windows) come out soft. What the judge misses on drawn pictures
@@ -87,6 +93,9 @@ def _model(name: str, facts: dict) -> str:
         f"- loss at the end of the run: {facts['curve'][-1]['loss']:.4f} (the curve is in `cards.json`)",
     ]
     rows += [f"- on validation scenes: {checked}"] * bool(checked)
+    if facts.get("stages"):
+        when = ", ".join(f"step {stage['step']:,} ({stage['minutes']} minutes)" for stage in facts["stages"])
+        rows.append(f"- samples on the way, after {when}")
     return "\n".join([rows[0], "", rows[1], "", *rows[2:]])
 
 

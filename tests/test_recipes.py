@@ -12,6 +12,7 @@ from ldm_lessons.recipes import __main__ as recipes
 from ldm_lessons.recipes import clip, common, conditions, small, unet
 from ldm_lessons.schedules import NoiseSchedule
 from ldm_lessons.training import generator as recipes_generator
+from ldm_lessons.unet import UNet
 
 NAMES = ["judge", "clip", "vae", "unet", "inpaint", "controlnet", "vae-f4", "vae-f8", "vae-f16", "pixels"]
 TINY = ["--rows", "48", "--steps", "3", "--batch", "4", "--precision", "no"]
@@ -89,6 +90,21 @@ def test_the_race_counts_every_racer_alike(made, monkeypatch) -> None:
     for f, racer in found["racers"].items():
         assert len(racer["points"]) == 6 and racer["latent"][1] == 64 // int(f)
         assert 0.03 <= racer["points"][-1]["minutes"] < 0.3
+
+
+def test_lesson_02_has_its_recordings(made, monkeypatch) -> None:
+    monkeypatch.setattr(small, "DRAWS", 13)
+    monkeypatch.setattr(small, "PIXEL_STAGES", (1, 2, 9))
+    for name in ("predictions", "band", "kl"):
+        recipes.main([name, *TINY, "--runs", str(made / "runs")])
+    folder = made / "data" / "small"
+    assert set(json.loads((folder / "predictions.json").read_text())) == {"epsilon", "sample", "v_prediction"}
+    band = json.loads((folder / "band.json").read_text())
+    assert len(band["low"]) == 3 and all(a <= b for a, b in zip(band["low"], band["high"], strict=True))
+    assert len(json.loads((folder / "kl.json").read_text())) == 3
+    assert len(list(folder.glob("*.webp"))) >= 3 + 6
+    found = models.load_model(UNet, None, folder / "pixels" / "last")
+    assert found.config.in_channels == 3 and found.config.sample_size == 32
 
 
 def test_a_variant_leaves_the_pocket_model_alone(made) -> None:

@@ -9,7 +9,15 @@ from ldm_lessons import recipes
 from ldm_lessons.recipes.clip import train_clip
 from ldm_lessons.recipes.conditions import train_controlnet, train_inpaint
 from ldm_lessons.recipes.judge import train_judge
-from ldm_lessons.recipes.small import SMALL_VAES, race, train_pixels, train_small_vae
+from ldm_lessons.recipes.small import (
+    SMALL_VAES,
+    compare_kl_weights,
+    compare_predictions,
+    race,
+    record_band,
+    train_pixels,
+    train_small_vae,
+)
 from ldm_lessons.recipes.unet import VARIANTS, compare_variants, train_unet
 from ldm_lessons.recipes.vae import train_vae
 from ldm_lessons.training import Plan
@@ -27,6 +35,9 @@ PLANS = {
     "vae-f8": Plan(steps=3000, rows=20_000, batch=16, learning_rate=1.5e-3, ema=0.995, weight_decay=0.0),
     "vae-f16": Plan(steps=3000, rows=20_000, batch=16, learning_rate=1.5e-3, ema=0.995, weight_decay=0.0),
     "pixels": Plan(steps=6000, rows=20_000, batch=64, learning_rate=1e-3, ema=0.998),
+    "predictions": Plan(steps=900, rows=20_000, batch=64, learning_rate=1e-3, ema=0.99, decay=0.0),
+    "band": Plan(steps=150, rows=4000, batch=64, learning_rate=1e-3, ema=0.99, decay=0.0),
+    "kl": Plan(steps=1200, rows=20_000, batch=16, learning_rate=1.5e-3, ema=0.99, weight_decay=0.0),
     "race": Plan(steps=1, rows=20_000, batch=64, learning_rate=1e-3),
 }
 RECIPES: dict[str, Callable[[Plan, argparse.Namespace], None]] = {
@@ -39,6 +50,9 @@ RECIPES: dict[str, Callable[[Plan, argparse.Namespace], None]] = {
     "controlnet": train_controlnet,
     **dict.fromkeys(SMALL_VAES, train_small_vae),
     "pixels": train_pixels,
+    "predictions": compare_predictions,
+    "band": record_band,
+    "kl": compare_kl_weights,
     "race": race,
 }
 

@@ -5,6 +5,7 @@ All are of 64 x 64 scenes, but for the pixel U-Net of lesson 02, whose scenes ha
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from ldm_lessons.machine import data_dir
 from ldm_lessons.metrics import features, frechet_distance, psnr, write_json
 from ldm_lessons.pipeline import to_pil
 from ldm_lessons.recipes.common import batch_of, drive, minutes_of
-from ldm_lessons.recipes.unet import SCHEDULER, noised
+from ldm_lessons.recipes.unet import SCHEDULER, noised, target
 from ldm_lessons.recipes.vae import reconstruction_loss
 from ldm_lessons.samplers import make_sampler
 from ldm_lessons.training import Plan
@@ -37,7 +38,7 @@ SMALL_VAES = {
 }
 RACERS = {"1": None, "4": "vae-f4", "8": "vae-f8", "16": "vae-f16"}
 DRAWS = 256  # pictures by which a racer is judged
-KEPT = (10, 60)  # minutes after which the pixel U-Net's weights are kept, besides the last ones
+PIXEL_STAGES = (130, 900, 3000)  # steps after which pixel samples are kept, and at the second the weights
 
 
 def small_unet(channels: int, side: int, widths: tuple[int, ...] = (32, 64, 96)) -> UNet:
@@ -55,72 +56,164 @@ def no_text(batch: int) -> Tensor:
 
 def train_small_vae(plan: Plan, args: argparse.Namespace) -> None:
     """One of `SMALL_VAES`, by the pocket VAE's loss without the judge, which looks at larger pictures."""
-    source = data.pictures(scenes.SPLITS["train"][: plan.rows], 64, args.runs / "cache")
-    vae = VAE(SMALL_VAES[args.name]).to(memory_format=torch.channels_last)
-
-    def loss(model: nn.Module, rows: Tensor, rng: torch.Generator, done: float) -> dict[str, Tensor]:
-        wanted = batch_of(source, rows, vae) * 2 - 1
-        built, found = model(wanted, rng)
-        kl = found.kl().mean() / found.mean[0].numel()
-        return {"loss": reconstruction_loss(built.float(), wanted) + 1e-3 * kl, "kl": kl}
-
-    facts = drive(args.name, vae, loss, plan, args)
-    vae.load_state_dict(checkpoints.ema_weights(args.runs / args.name))
-    vae.eval()
-    with torch.inference_mode():
-        z = vae.encode(batch_of(source, torch.arange(min(500, plan.rows)), vae) * 2 - 1).mode()
-        vae.config = replace(vae.config, scaling_factor=round(1 / z.std().item(), 5))
-        held_out = data.pictures(scenes.SPLITS["validation"][: min(500, plan.rows)], 64, args.runs / "cache")
-        shown = torch.from_numpy(held_out).float() / 255
-        built = torch.cat([vae.decode(vae.encode(x * 2 - 1).mode()) for x in shown.split(50)])
-    facts["validation"] = {"psnr": round(psnr((built / 2 + 0.5).clamp(0, 1), shown).mean().item(), 2)}
+    vae, facts = small_vae(args.name, SMALL_VAES[args.name], 1e-3, plan, args)
     facts["latent"] = [vae.config.latent_channels, 64 // vae.config.downscale, 64 // vae.config.downscale]
     save_model(vae, data_dir() / "small" / args.name)
     cards.record(args.name, facts)
     print(facts["validation"])
 
 
+def small_vae(name: str, config: VAEConfig, kl_weight: float, plan: Plan, args: argparse.Namespace) -> tuple[VAE, dict]:
+    """A VAE of 64 x 64 pictures trained in `runs/name`, averaged and scaled, and the facts of its training."""
+    source = data.pictures(scenes.SPLITS["train"][: plan.rows], 64, args.runs / "cache")
+    torch.manual_seed(plan.seed)
+    vae = VAE(config).to(memory_format=torch.channels_last)
+
+    def loss(model: nn.Module, rows: Tensor, rng: torch.Generator, done: float) -> dict[str, Tensor]:
+        wanted = batch_of(source, rows, vae) * 2 - 1
+        built, found = model(wanted, rng)
+        kl = found.kl().mean() / found.mean[0].numel()
+        return {"loss": reconstruction_loss(built.float(), wanted) + kl_weight * kl, "kl": kl}
+
+    facts = drive(name, vae, loss, plan, args)
+    vae.load_state_dict(checkpoints.ema_weights(args.runs / name))
+    vae.eval()
+    shown = _held_out(args, min(500, plan.rows))
+    with torch.inference_mode():
+        z = vae.encode(batch_of(source, torch.arange(min(500, plan.rows)), vae) * 2 - 1).mode()
+        vae.config = replace(vae.config, scaling_factor=round(1 / z.std().item(), 5))
+        built = torch.cat([vae.decode(vae.encode(x * 2 - 1).mode()) for x in shown.split(50)])
+    facts["validation"] = {"psnr": round(psnr((built / 2 + 0.5).clamp(0, 1), shown).mean().item(), 2)}
+    facts["scaling_factor"] = vae.config.scaling_factor
+    return vae, facts
+
+
+def _held_out(args: argparse.Namespace, count: int) -> Tensor:
+    drawn = data.pictures(scenes.SPLITS["validation"][:count], 64, args.runs / "cache")
+    return torch.from_numpy(drawn).float() / 255
+
+
+def compare_kl_weights(plan: Plan, args: argparse.Namespace) -> None:
+    """The f=8 VAE with three weights of the KL term: `data/small/kl.json`, and for each two rows of pictures.
+
+    The rows are drawn pictures through it, and what its decoder makes of plain Gaussian noise.
+    """
+    folder, result = data_dir() / "small", {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for weight in (0.0, 1e-3, 0.3):
+        vae, facts = small_vae(f"kl-{weight}", SMALL_VAES["vae-f8"], weight, plan, args)
+        shown = _held_out(args, 200)
+        with torch.inference_mode():
+            found = vae.encode(shown * 2 - 1)
+            rows = {
+                "through": vae.decode(found.mode()[:12]),
+                "noise": vae.decode(torch.randn(found.mean[:12].shape, generator=training.generator(0, 8))),
+            }
+        for kind, made in rows.items():
+            _row((made / 2 + 0.5).clamp(0, 1)).save(folder / f"kl-{weight}-{kind}.webp", quality=85, method=6)
+        result[str(weight)] = {
+            "psnr": facts["validation"]["psnr"],
+            "kl": round((found.kl().mean() / found.mean[0].numel()).item(), 3),
+            "deviation of the means": round(found.mean.std().item(), 3),
+            "deviation of one latent": round((0.5 * found.logvar).exp().mean().item(), 4),
+            "minutes": facts["minutes"],
+        }
+        write_json(folder / "kl.json", result)
+
+
 def train_pixels(plan: Plan, args: argparse.Namespace) -> None:
-    """The denoiser of 32 x 32 pictures for lesson 02; some weights along the way are kept, and rows of samples."""
-    source = data.pictures(scenes.SPLITS["train"][: plan.rows], 32, args.runs / "cache")
-    unet, schedule = small_unet(3, 32), schedules.NoiseSchedule.from_config(SCHEDULER)
-    target = data_dir() / "small" / "pixels"
-
-    def loss(model: nn.Module, rows: Tensor, rng: torch.Generator, done: float) -> Tensor:
-        x0 = batch_of(source, rows, unet) * 2 - 1
-        return v_loss(model, x0, torch.zeros_like(x0), schedule, rng)
-
-    found = checkpoints.read(args.runs / "pixels")
-    before = minutes_of(found[1]["curve"])[-1] if found and found[1]["curve"] else 0.0
-    coming = [mark for mark in KEPT if mark > before]
+    """The denoiser of 32 x 32 pictures for lesson 02; weights and rows of samples along the way are kept."""
+    folder = data_dir() / "small" / "pixels"
 
     def watch(progress: training.Progress) -> None:
-        if coming and before + progress.seconds / 60 >= coming[0]:
-            save_model(_filled(small_unet(3, 32), progress.ema), target / f"{coming.pop(0)}-minutes")
+        if progress.step in (*PIXEL_STAGES, plan.steps):
+            unet = _filled(small_unet(3, 32), progress.ema)
+            folder.mkdir(parents=True, exist_ok=True)
+            _row(_pictures(unet, None, 12)).save(folder / f"step-{progress.step:05}.webp", quality=90, method=6)
+            if progress.step in (PIXEL_STAGES[1], plan.steps):
+                save_model(unet, folder / ("early" if progress.step == PIXEL_STAGES[1] else "last"))
 
-    facts = drive("pixels", unet, loss, plan, args, watch)
-    unet.load_state_dict(checkpoints.ema_weights(args.runs / "pixels"))
-    save_model(unet.eval(), target / "last")
+    unet, facts = pixel_denoiser("pixels", "v_prediction", plan, args, watch)
+    minutes = dict(zip((row["step"] for row in facts["curve"]), minutes_of(facts["curve"]), strict=True))
+    facts["stages"] = [
+        {"step": step, "minutes": round(minutes[min(minutes, key=lambda known: abs(known - step))], 1)}
+        for step in (*PIXEL_STAGES, plan.steps)
+        if step <= plan.steps
+    ]
     cards.record("pixels", facts)
 
 
-def v_loss(
-    model: nn.Module, mean: Tensor, deviation: Tensor, schedule: schedules.NoiseSchedule, rng: torch.Generator
-) -> Tensor:
-    """The mean squared error of v, (), on what `mean` and `deviation` (B, C, h, w) give."""
+def pixel_denoiser(
+    name: str, prediction: str, plan: Plan, args: argparse.Namespace,
+    watch: Callable[[training.Progress], None] | None = None,
+) -> tuple[UNet, dict]:  # fmt: skip
+    """A U-Net of 32 x 32 pictures trained in `runs/name`, averaged, and the facts of its training."""
+    source = data.pictures(scenes.SPLITS["train"][: plan.rows], 32, args.runs / "cache")
+    torch.manual_seed(plan.seed)
+    unet, schedule = small_unet(3, 32), schedules.NoiseSchedule.from_config(SCHEDULER)
+
+    def loss(model: nn.Module, rows: Tensor, rng: torch.Generator, done: float) -> Tensor:
+        x0 = batch_of(source, rows, unet) * 2 - 1
+        return denoising_loss(model, x0, torch.zeros_like(x0), schedule, rng, prediction)
+
+    facts = drive(name, unet, loss, plan, args, watch)
+    unet.load_state_dict(checkpoints.ema_weights(args.runs / name))
+    return unet.eval(), facts
+
+
+def compare_predictions(plan: Plan, args: argparse.Namespace) -> None:
+    """The same network and budget for noise, picture and v: `data/small/predictions.json`, a row of samples each."""
+    judge, folder, result = Judge.load().float().eval(), data_dir() / "small", {}
+    real = torch.from_numpy(data.pictures(scenes.SPLITS["validation"][:1000], 32, args.runs / "cache")).float() / 255
+    real = features(judge, F.interpolate(real, scale_factor=4.0, mode="bilinear"))
+    for prediction in ("epsilon", "sample", "v_prediction"):
+        unet, facts = pixel_denoiser(f"pixels-{prediction}", prediction, plan, args)
+        shown = _pictures(unet, None, DRAWS, prediction)
+        seen = features(judge, F.interpolate(shown, scale_factor=4.0, mode="bilinear"))
+        folder.mkdir(parents=True, exist_ok=True)
+        _row(shown[:12]).save(folder / f"predicts-{prediction}.webp", quality=90, method=6)
+        result[prediction] = {
+            "steps": plan.steps, "batch": plan.batch, "minutes": facts["minutes"],
+            "fid": round(frechet_distance(seen, real), 1),
+        }  # fmt: skip
+        write_json(folder / "predictions.json", result)
+
+
+def record_band(plan: Plan, args: argparse.Namespace) -> None:
+    """Between which losses the first steps of lesson 02's training lie, from three seeds: `data/small/band.json`."""
+    smooth = []
+    for seed in range(3):
+        _, facts = pixel_denoiser(f"band-{seed}", "v_prediction", replace(plan, seed=seed), args)
+        curve, level = [], None
+        for row in facts["curve"]:
+            level = row["loss"] if level is None else 0.9 * level + 0.1 * row["loss"]
+            curve.append(level)
+        smooth.append(curve)
+    low, high = ([round(f(v), 4) for v in zip(*smooth, strict=True)] for f in (min, max))
+    write_json(data_dir() / "small" / "band.json", {"low": low, "high": high, "batch": plan.batch, "rows": plan.rows})
+
+
+def denoising_loss(
+    model: nn.Module, mean: Tensor, deviation: Tensor, schedule: schedules.NoiseSchedule, rng: torch.Generator,
+    prediction: str = "v_prediction",
+) -> Tensor:  # fmt: skip
+    """The mean squared error, (), on what `mean` and `deviation` (B, C, h, w) give."""
     x0, noise, t = noised(mean, deviation, schedule, rng)
     with sdpa_kernel(SDPBackend.MATH):
         answer = model(schedule.add_noise(x0, noise, t), t, no_text(len(x0)))
-    return (answer.float() - schedule.velocity(x0, noise, t)).square().mean()
+    return (answer.float() - target(schedule, prediction, x0, noise, t)).square().mean()
 
 
 @torch.inference_mode()
-def sample_small(unet: nn.Module, count: int, steps: int = 20, seed: int = 0, batch: int = 64) -> Tensor:
+def sample_small(
+    unet: nn.Module, count: int, prediction: str = "v_prediction", steps: int = 20, seed: int = 0, batch: int = 64
+) -> Tensor:
     """`count` samples (N, C, h, w) of a U-Net without words, by DPM-Solver++."""
     side, channels, made = unet.config.sample_size, unet.config.in_channels, []
     noise = torch.randn(count, channels, side, side, generator=training.generator(seed, 7))
     for x in noise.split(batch):
-        sampler = make_sampler("dpmpp_2m", **{k: v for k, v in SCHEDULER.items() if k in _OURS})
+        config = {k: v for k, v in SCHEDULER.items() if k in _OURS} | {"prediction_type": prediction}
+        sampler = make_sampler("dpmpp_2m", **config)
         sampler.set_timesteps(steps)
         for t in sampler.timesteps:
             x = sampler.step(unet(x, t, no_text(len(x))), t, x, return_dict=False)[0]
@@ -128,7 +221,7 @@ def sample_small(unet: nn.Module, count: int, steps: int = 20, seed: int = 0, ba
     return torch.cat(made)
 
 
-_OURS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing")
+_OURS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "timestep_spacing")
 
 
 def race(plan: Plan, args: argparse.Namespace) -> None:
@@ -160,7 +253,7 @@ def race(plan: Plan, args: argparse.Namespace) -> None:
                 group["lr"] = plan.learning_rate * min(1, (step + 1) / 100)
             rows = training.rows_of_step(plan, step)
             with torch.autocast("cpu", torch.bfloat16):
-                loss = v_loss(
+                loss = denoising_loss(
                     unet, mean[rows].float(), deviation[rows].float(), schedule, training.generator(0, 2, step)
                 )
             loss.backward()
@@ -203,8 +296,8 @@ def _compressed(vae: nn.Module | None, source: np.ndarray) -> tuple[Tensor, Tens
 
 
 @torch.inference_mode()
-def _pictures(unet: nn.Module, vae: nn.Module | None, count: int) -> Tensor:
-    x = sample_small(unet, count)
+def _pictures(unet: nn.Module, vae: nn.Module | None, count: int, prediction: str = "v_prediction") -> Tensor:
+    x = sample_small(unet, count, prediction)
     if vae is not None:
         x = torch.cat([vae.decode(z / vae.config.scaling_factor) for z in x.split(64)])
     return (x / 2 + 0.5).clamp(0, 1)
