@@ -32,8 +32,7 @@ WHAT = {
 LIMITS = """The models know this one world and its words. Places, sizes and counts are obeyed less often than sky,
 ground and colour; small things (birds, stars, rain, windows) come out soft. What the judge misses on drawn pictures
 (the last column) it cannot count in the model's either. Pictures other than 128 × 128 are outside what they were
-trained on. The VAE, CLIP and the U-Net learnt from an earlier drawing of the world, with smaller birds and, in pixel
-art and pencil, denser rain and snow; the judge, the scores and the data set here are of today's."""
+trained on. The VAE's loss looked through an earlier judge, of the same kind."""
 
 
 def record(name: str, facts: dict) -> None:
@@ -172,7 +171,7 @@ def write_sheet(prompts: int = 64, seeds: int = 4) -> Path:
 
     told = [scenes.caption(scenes.sample_scene(i, "test")) for i in range(prompts)]
     model, font = models.load("pocket"), ImageFont.load_default(13)
-    side, text, columns = 96, 44, 4
+    side, text, columns = 96, 56, 4
     wide, high = seeds * side + 12, side + text
     sheet = Image.new("RGB", (columns * wide, -(-prompts // columns) * high), "white")
     pen = ImageDraw.Draw(sheet)

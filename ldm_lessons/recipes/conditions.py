@@ -19,6 +19,7 @@ from ldm_lessons.metrics import write_json
 from ldm_lessons.pipeline import LatentDiffusion
 from ldm_lessons.recipes.common import WORDINGS, batch_of, captions, drive, token_table, training_pictures
 from ldm_lessons.recipes.unet import SCHEDULER, latents, noised
+from ldm_lessons.scenes.things import PLACE_X
 from ldm_lessons.text import tokenize
 from ldm_lessons.training import Plan
 from ldm_lessons.unet import UNet
@@ -162,11 +163,10 @@ def judge_inpainting(trained: LatentDiffusion, plain: LatentDiffusion, count: in
             asked.append(scene)
             holed.append(scenes.draw(replace(scene, objects=())))
             told.append(scenes.caption_with_mentions(scene, 0))
-    places = {"left": 0.22, "middle": 0.5, "right": 0.78}
     for key, model in (("trained", trained), ("blended", plain)):
         made, edge = [], {"after": [], "before": []}
         for scene, picture, words in zip(asked, holed, told, strict=True):
-            x = int(128 * places[scene.objects[0].place])
+            x = int(128 * PLACE_X[scene.objects[0].place])
             mask = torch.zeros(128, 128)
             mask[16:120, max(x - 30, 0) : x + 30] = 1
             made += generate.inpaint(
