@@ -21,7 +21,7 @@ from ldm_lessons.weights import load_model, load_state_dict_strict, read_config,
 
 POCKET = data_dir() / "pocket"
 INPAINT = data_dir() / "inpaint"
-MODELS: dict[str, Path] = {"pocket": POCKET, "pocket-inpaint": INPAINT}
+MODELS: dict[str, Path] = {"pocket": POCKET} | ({"pocket-inpaint": INPAINT} if INPAINT.is_dir() else {})
 FILES = (
     "scheduler/scheduler_config.json", "tokenizer/*.json", "tokenizer/*.txt", "*/config.json", "known_words.json",
     "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",

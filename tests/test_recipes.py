@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
 
-from ldm_lessons import checkpoints, models
+from ldm_lessons import checkpoints, models, scenes
 from ldm_lessons.recipes import __main__ as recipes
 from ldm_lessons.recipes import clip, common, conditions, small, unet
+from ldm_lessons.scenes.world import Dice
 from ldm_lessons.schedules import NoiseSchedule
 from ldm_lessons.training import generator as recipes_generator
 from ldm_lessons.unet import UNet
@@ -178,6 +180,26 @@ def test_the_tokenizer_keeps_every_word_and_never_fails() -> None:
     assert tokenizer.decode(ids[1:-1]).replace(" ", "") == texts[0].replace(" ", "")
     assert len(ids) < len(tokenizer("qzx wvkj zzyx house").input_ids) * 3
     assert tokenizer.unk_token_id not in tokenizer("Ünïcode — 日本!").input_ids[1:-1]
+
+
+def test_a_wrong_caption_is_wrong_in_one_thing() -> None:
+    seen = set()
+    for seed in range(300):
+        scene = scenes.sample_scene(seed)
+        right = scenes.caption(scene, 1).split()
+        what, text = clip.wrong_caption(scene, 1)
+        seen.add(what)
+        if not what:
+            assert text == " ".join(right)
+            continue
+        kept = (Counter(right) & Counter(text.split())).total()
+        assert text.split() != right and kept >= len(right) - 4, (right, text)
+        for _ in range(3):
+            what, changed = clip.altered(scene, Dice("test", seed))
+            ours, theirs = scene.to_dict(), changed.to_dict()
+            differing = [k for k in ours if ours[k] != theirs[k]]
+            assert differing == [what if what in ("birds", "time") else "objects"]
+    assert seen >= {"place", "size", "colour", "birds"}
 
 
 def test_bad_commands_end_in_one_sentence(tmp_path) -> None:

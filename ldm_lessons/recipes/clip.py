@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from ldm_lessons.machine import data_dir
 from ldm_lessons.metrics import write_json
 from ldm_lessons.recipes.common import WORDINGS, batch_of, captions, drive, token_table, training_pictures, validation
 from ldm_lessons.scenes import words
-from ldm_lessons.scenes.world import COLOURS, HELD_OUT_KIND
+from ldm_lessons.scenes.world import COLOURS, HELD_OUT_KIND, PLACES, TIMES, Dice
 from ldm_lessons.text import TextConfig, tokenize
 from ldm_lessons.training import Plan
 from ldm_lessons.weights import save_model
@@ -40,8 +41,49 @@ def train_tokenizer(captions: list[str], size: int = 400) -> PreTrainedTokenizer
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
 
 
+def altered(scene: scenes.Scene, dice: Dice) -> tuple[str, scenes.Scene]:
+    """What was changed, and the scene with that one thing changed: a place, size, colour or count, or two swapped."""
+    things, options = scene.objects, [("birds", 0)] * (scene.birds > 0)
+    for i, o in enumerate(things):
+        options += [("place", i)] + [("size", i)] * (o.size != "medium") + [("colour", i)] * (o.colour is not None)
+    if len(things) == 2 and all(o.colour for o in things) and things[0].colour != things[1].colour:
+        options.append(("colour", -1))
+    what, i = dice.choice(options or [("time", 0)])
+
+    def other(values: tuple, now: object) -> object:
+        return dice.choice([v for v in values if v != now])
+
+    if what == "birds":
+        return what, replace(scene, birds=other((1, 2, 3), scene.birds))
+    if what == "time":
+        return what, replace(scene, time=other(TIMES, scene.time))
+    if i < 0:
+        a, b = things
+        return what, replace(scene, objects=(replace(a, colour=b.colour), replace(b, colour=a.colour)))
+    values = {"place": PLACES, "size": ("small", "large"), "colour": COLOURS}[what]
+    changed = replace(things[i], **{what: other(values, getattr(things[i], what))})
+    return what, replace(scene, objects=(*things[:i], changed, *things[i + 1 :]))
+
+
+def wrong_caption(scene: scenes.Scene, wording: int, tries: int = 8) -> tuple[str, str]:
+    """What was changed, and a caption with the same words but for that; ("", the right caption) where it tells nothing.
+
+    Combinations that are held out of training are not among them: they would be learnt as never being right.
+    """
+    right, dice = scenes.caption(scene, wording), Dice("altered", scene.seed, wording)
+    for _ in range(tries):
+        what, changed = altered(scene, dice)
+        if scenes.caption(changed, wording) != right and not scenes.held_out(changed):
+            return what, scenes.caption(changed, wording)
+    return "", right
+
+
 def train_clip(plan: Plan, args: argparse.Namespace) -> None:
-    """Tokenizer and small CLIP; its text tower becomes the pocket model's."""
+    """Tokenizer and small CLIP; its text tower becomes the pocket model's.
+
+    Beside the other captions of the batch each picture has to tell its own from one with a single word changed
+    (arXiv:2210.01936): by the others alone, a text tower never learns left from right.
+    """
 
     source, texts = training_pictures(plan, args.runs), captions(plan)
     pocket = data_dir() / "pocket"
@@ -54,14 +96,19 @@ def train_clip(plan: Plan, args: argparse.Namespace) -> None:
     text = TextConfig.pocket(len(tokenizer), **ends)
     clip = CLIP(text, VisionConfig.pocket(), text.projection_dim).to(memory_format=torch.channels_last)
     table = token_table(tokenizer, texts)
+    train = [scenes.sample_scene(s) for s in scenes.SPLITS["train"][: plan.rows]]
+    wrong = token_table(tokenizer, [[wrong_caption(s, w)[1] for w in range(WORDINGS)] for s in train])
 
     def loss(model: nn.Module, rows: Tensor, rng: torch.Generator, done: float) -> Tensor:
         shown = F.avg_pool2d(batch_of(source, rows, clip), 2) * 2 - 1
-        ids = table[rows, torch.randint(WORDINGS, (len(rows),), generator=rng)].long().to(shown.device)
+        wording, n = torch.randint(WORDINGS, (len(rows),), generator=rng), len(rows)
+        ids = torch.cat([table[rows, wording], wrong[rows, wording]]).long().to(shown.device)
         ids = ids[:, : int((ids == tokenizer.eos_token_id).int().argmax(1).max()) + 1]  # the rest is padding
-        logits = model(ids, shown)
-        same = torch.arange(len(rows), device=shown.device)
-        return (F.cross_entropy(logits.float(), same) + F.cross_entropy(logits.float().T, same)) / 2
+        logits = model(ids, shown).float()  # (B, 2B): each picture has one right caption, and one that is nearly right
+        told_nothing = F.pad(torch.diag((ids[:n] == ids[n:]).all(1)), (n, 0))
+        same = torch.arange(n, device=shown.device)
+        of_pictures = F.cross_entropy(logits.masked_fill(told_nothing, -torch.inf), same)
+        return (of_pictures + F.cross_entropy(logits[:, :n].T, same)) / 2
 
     facts = drive("clip", clip, loss, plan, args)
     clip.load_state_dict(checkpoints.ema_weights(args.runs / "clip"))
@@ -101,6 +148,12 @@ def look_up(clip: nn.Module, tokenizer: PreTrainedTokenizerBase, held_out: list[
         hits = sum(list(options)[k] == name for k, name in zip(chosen, right, strict=True))
         return {"accuracy": round(hits / max(len(rows), 1), 4), "asked": len(rows), "chance": round(1 / len(said), 3)}
 
+    noticed: dict[str, list[bool]] = {}
+    told = [wrong_caption(s, WORDINGS) for s in held_out]
+    alike, unlike = (one * images).sum(1), (texts([t for _, t in told]) * images).sum(1)
+    for (what, _), right in zip(told, (alike > unlike).tolist(), strict=True):
+        noticed.setdefault(what, []).append(right)
+    noticed.pop("", None)
     zero_shot = {}
     tables = {"time": words.TIME_WORDS, "weather": words.WEATHER_WORDS, "ground": words.GROUND_WORDS}
     for name, table in (tables | {"backdrop": words.BACKDROP_WORDS}).items():
