@@ -304,6 +304,7 @@ def make_denoiser(name: str, choices: Choices, plan: Plan, args: argparse.Namesp
     if name == "unet":
         facts["stages"] = keep_stages(args.runs / name, data_dir() / "stages", facts["curve"])
     facts["choices"] = asdict(choices)
+    facts["parameters"] = sum(p.numel() for p in model.unet.parameters())  # without the two layers that guess
     if name != "unet":
         pocket = args.runs / name / "model"
         for part in ("vae", "text_encoder", "tokenizer"):
