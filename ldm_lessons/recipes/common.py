@@ -89,8 +89,9 @@ def drive(
         raise SystemExit  # what follows is for one process
     _, header = checkpoints.read(folder)
     curve = header["curve"]
+    chosen = "".join(f" --{k} {v}" for k in ("steps", "rows", "batch") if (v := getattr(args, k)) is not None)
     return {
-        "command": f"{launcher()} -m ldm_lessons.recipes {name} --precision {args.precision}",
+        "command": f"{launcher()} -m ldm_lessons.recipes {name} --precision {args.precision}{chosen}",
         "plan": asdict(plan),
         "samples": plan.steps * plan.batch,
         "minutes": round(minutes_of(curve)[-1], 1),
