@@ -10,8 +10,6 @@ import sys
 import textwrap
 from pathlib import Path
 
-import torch
-
 from ldm_lessons import scenes
 from ldm_lessons.machine import data_dir
 from ldm_lessons.metrics import write_json
@@ -177,8 +175,7 @@ def write_sheet(prompts: int = 64, seeds: int = 4) -> Path:
     pen = ImageDraw.Draw(sheet)
     for i, sentence in enumerate(told):
         x, y = wide * (i % columns), high * (i // columns)
-        noise = [torch.Generator().manual_seed(k) for k in range(seeds)]
-        for k, picture in enumerate(generate.text_to_image(model, [sentence] * seeds, generator=noise, progress=False)):
+        for k, picture in enumerate(generate.text_to_image(model, [sentence] * seeds, seed=0, progress=False)):
             sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (x + k * side, y))
         pen.multiline_text((x + 2, y + side + 3), textwrap.fill(sentence, 62), "black", font)
     target = data_dir() / "pocket" / "sheet.webp"

@@ -74,8 +74,8 @@ def make(
         for i in range(0, len(texts), batch):
             some = list(texts[i : i + batch])
             made += generate.text_to_image(
-                model, some, num_inference_steps=steps, guidance_scale=guidance_scale, sampler=sampler,
-                generator=[torch.Generator().manual_seed(k) for k in range(i, i + len(some))], progress=False,
+                model, some, num_inference_steps=steps, guidance_scale=guidance_scale, sampler=sampler, seed=i,
+                progress=False,
             )  # fmt: skip
             bar.update(len(some))
     return pictures_to_tensor(made), (time.perf_counter() - began) / len(texts)

@@ -103,7 +103,7 @@ class Muon:
     def __init__(self, parameters: list[nn.Parameter], lr: float):
         self.parameters = parameters
         self.flat = [nn.Parameter(p.detach().view(len(p), -1)) for p in parameters]  # the same numbers, not copies
-        self.inner = torch.optim.Muon(self.flat, lr, weight_decay=0.0, ns_steps=3)
+        self.inner = torch.optim.Muon(self.flat, lr, weight_decay=0.0, ns_steps=3)  # on CPUs the usual five are dear
 
     def step(self, lr: float) -> None:
         """One step with the gradients that lie at the parameters."""

@@ -84,7 +84,6 @@ def train_clip(plan: Plan, args: argparse.Namespace) -> None:
     Beside the other captions of the batch each picture has to tell its own from one with a single word changed
     (arXiv:2210.01936): by the others alone, a text tower never learns left from right.
     """
-
     source, texts = training_pictures(plan, args.runs), captions(plan)
     pocket = data_dir() / "pocket"
     tokenizer = train_tokenizer([t for row in texts[:5000] for t in row])
@@ -168,5 +167,8 @@ def look_up(clip: nn.Module, tokenizer: PreTrainedTokenizerBase, held_out: list[
     zero_shot["colour"] = choose(coloured, [held_out[i].objects[0].colour for i in coloured], colours)
     return {k: round(v.float().mean().item(), 4) for k, v in found.items()} | {
         "scenes": len(held_out),
+        "one word changed": {
+            k: {"accuracy": round(sum(v) / len(v), 4), "asked": len(v), "chance": 0.5} for k, v in noticed.items()
+        },
         "zero-shot": zero_shot,
     }
