@@ -64,9 +64,9 @@ def test_cards_say_how(made) -> None:
         assert card["command"].startswith(f"python -m ldm_lessons.recipes {name}")
         assert card["samples"] == 12 and card["plan"]["seed"] == 0 and card["parameters"] > 1e5
         assert [row["step"] for row in card["curve"]] == [1, 2, 3]
+        assert set(card["versions"]) == {"torch", "diffusers", "transformers", "accelerate"}
     found = cards["clip"]["validation"]
     assert {"time", "object", "colour"} <= set(found["zero-shot"]) and "place" in found["one word changed"]
-        assert set(card["versions"]) == {"torch", "diffusers", "transformers", "accelerate"}
 
 
 def test_an_inpainting_unet_differs_from_the_pocket_one_in_what_was_trained(made) -> None:

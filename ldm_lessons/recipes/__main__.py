@@ -38,7 +38,10 @@ PLANS = {
     "predictions": Plan(steps=900, rows=20_000, batch=64, learning_rate=1e-3, ema=0.99, decay=0.0),
     "band": Plan(steps=150, rows=4000, batch=64, learning_rate=1e-3, ema=0.99, decay=0.0),
     "kl": Plan(steps=1200, rows=20_000, batch=16, learning_rate=1.5e-3, ema=0.99, weight_decay=0.0),
-    "race": Plan(steps=1, rows=20_000, batch=64, learning_rate=1e-3),
+    # a race ends by the clock
+    "race": Plan(
+        steps=10**9, rows=20_000, batch=64, learning_rate=1e-3, ema=0.998, save_seconds=1e9
+    ),  # until time is up
 }
 RECIPES: dict[str, Callable[[Plan, argparse.Namespace], None]] = {
     "judge": train_judge,
@@ -61,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ldm_lessons.recipes", description=recipes.__doc__.split("\n\n")[0])
     parser.add_argument("name", choices=RECIPES, help="what to train")
     parser.add_argument("--steps", type=int, help="how many steps in all (default: the recipe's)")
-    parser.add_argument("--rows", type=int, help="how many training scenes (default: 40,000)")
+    parser.add_argument("--rows", type=int, help="how many training scenes (default: the recipe's)")
     parser.add_argument("--batch", type=int, help="scenes a step")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="bf16")
     parser.add_argument("--count", type=int, default=256, help="prompts by which `compare` judges a variant")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from ldm_lessons import cards, checkpoints, data, generate, models, scenes, schedules, show, training
 from ldm_lessons.controlnet import ControlNet
@@ -17,7 +17,7 @@ from ldm_lessons.judge import Judge, pictures_to_tensor, score
 from ldm_lessons.machine import data_dir
 from ldm_lessons.metrics import write_json
 from ldm_lessons.pipeline import LatentDiffusion
-from ldm_lessons.recipes.common import WORDINGS, batch_of, captions, drive, token_table, training_pictures
+from ldm_lessons.recipes.common import attention_for, batch_of, captions, drive, token_table, told, training_pictures
 from ldm_lessons.recipes.unet import SCHEDULER, latents, noised
 from ldm_lessons.scenes.things import PLACE_X
 from ldm_lessons.text import tokenize
@@ -29,15 +29,25 @@ TRAINED = ("conv_in.", "down_blocks.0.", "up_blocks.2.", "conv_norm_out.", "conv
 CAPTIONS_DROPPED = 0.5  # of a ControlNet's: it is to read the map (arXiv:2302.05543 section 3.3)
 
 
-def frozen_model(plan: Plan, args: argparse.Namespace) -> tuple[LatentDiffusion, np.ndarray, Tensor, Tensor, Tensor]:
-    """The pocket model, frozen; pictures; mean and deviation of their latents; their captions as tokens."""
+def frozen_model(
+    plan: Plan, args: argparse.Namespace
+) -> tuple[LatentDiffusion, torch.device, np.ndarray, Tensor, Tensor, Tensor]:
+    """The pocket model, frozen, and its device; pictures; mean and deviation of their latents; captions as tokens."""
     from accelerate import PartialState
 
-    model = models.load(data_dir() / "pocket", "cpu", torch.float32)
-    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = models.load(data_dir() / "pocket", device, torch.float32)
+    with PartialState(cpu=device.type == "cpu").main_process_first():
         source = training_pictures(plan, args.runs)
-        mean, deviation = latents(model.vae, source, args.runs / "unet", torch.device("cpu"))
-    return model, source, mean[: plan.rows], deviation[: plan.rows], token_table(model.tokenizer, captions(plan))
+        mean, deviation = latents(model.vae, source, args.runs / "unet", device)
+    return (
+        model,
+        device,
+        source,
+        mean[: plan.rows],
+        deviation[: plan.rows],
+        token_table(model.tokenizer, captions(plan)),
+    )
 
 
 def hole(rng: torch.Generator, things: Tensor | None = None, size: int = 128) -> Tensor:
@@ -74,10 +84,10 @@ def masked_latents(model: LatentDiffusion, source: np.ndarray, maps: np.ndarray,
                     hole(training.generator(0, 4, int(r)), m.repeat_interleave(4, 0).repeat_interleave(4, 1))
                     for r, m in zip(rows, here, strict=True)
                 ])[:, None]  # fmt: skip
-                shown = batch_of(source, rows, model.vae).where(~masks, 0.5)
-                with torch.autocast("cpu", torch.bfloat16):
+                shown = batch_of(source, rows, model.vae).where(~masks.to(model.device), 0.5)
+                with torch.autocast(model.device.type, torch.bfloat16):
                     found = model.vae.encode(shown * 2 - 1).mode()
-                kept.append((found.float() * model.vae.config.scaling_factor).half())
+                kept.append((found.float() * model.vae.config.scaling_factor).half().cpu())
                 holes.append(F.max_pool2d(masks.float(), 8).bool())
                 bar.update(len(rows))
         aside = path.with_suffix(".part")
@@ -105,8 +115,8 @@ def train_inpaint(plan: Plan, args: argparse.Namespace) -> None:
     Only its first and last layers and the levels at 16 x 16 are trained. They see the new channels first and the
     answer last; the rest knows the world already. So 1 MB is kept instead of 21.
     """
-    model, source, mean, deviation, table = frozen_model(plan, args)
-    hole, kept = masked_latents(model, source, maps_of(plan, args.runs), args.runs / "inpaint")
+    model, device, source, mean, deviation, table = frozen_model(plan, args)
+    holes, kept = masked_latents(model, source, maps_of(plan, args.runs), args.runs / "inpaint")
     unet = UNet(replace(model.unet.config, in_channels=9))
     state = model.unet.state_dict()
     state["conv_in.weight"] = F.pad(state["conv_in.weight"], (0, 0, 0, 0, 0, 5))  # at first it does not look
@@ -118,14 +128,14 @@ def train_inpaint(plan: Plan, args: argparse.Namespace) -> None:
 
     def loss(net: nn.Module, rows: Tensor, rng: torch.Generator, done: float) -> Tensor:
         x0, noise, t = noised(mean[rows], deviation[rows], schedule, rng)
-        ids = table[rows, torch.randint(WORDINGS, (len(rows),), generator=rng)].long()
-        ids[torch.rand(len(rows), generator=rng) < 0.1] = nothing
-        new, beside = hole[rows].float(), kept[rows].float()
-        x = torch.cat([schedule.add_noise(x0, noise, t), new, beside], 1)
-        with sdpa_kernel(SDPBackend.MATH):
+        new, beside = holes[rows].float(), kept[rows].float()
+        x, wanted = torch.cat([schedule.add_noise(x0, noise, t), new, beside], 1), schedule.velocity(x0, noise, t)
+        with sdpa_kernel(attention_for(device)):
             with torch.no_grad():
-                text = model.text_encoder(ids)
-            error = (net(x, t, text).float() - schedule.velocity(x0, noise, t)).square().mean(1, keepdim=True)
+                text = model.text_encoder(told(table, rows, nothing, 0.1, rng).to(device))
+            answer = net(x.to(device), t.to(device), text)
+        error = (answer.float() - wanted.to(device)).square().mean(1, keepdim=True)
+        new = new.to(device)
         weight = 0.2 + new  # what is kept is put back anyway
         return (error * weight / weight.mean()).mean()
 
@@ -156,16 +166,16 @@ def judge_inpainting(trained: LatentDiffusion, plain: LatentDiffusion, count: in
     the mean jump of colour across the mask's edge, "drawn" what it is before.
     """
     judge = Judge.load()
-    asked, holed, told, found = [], [], [], {}
+    asked, holed, prompts, found = [], [], [], {}
     for i in range(4 * count):
         scene = scenes.sample_scene(i, "test")
         if len(scene.objects) == 1 and len(asked) < count:
             asked.append(scene)
             holed.append(scenes.draw(replace(scene, objects=())))
-            told.append(scenes.caption_with_mentions(scene, 0))
+            prompts.append(scenes.caption_with_mentions(scene, 0))
     for key, model in (("trained", trained), ("blended", plain)):
         made, edge = [], {"after": [], "before": []}
-        for scene, picture, words in zip(asked, holed, told, strict=True):
+        for scene, picture, words in zip(asked, holed, prompts, strict=True):
             x = int(128 * PLACE_X[scene.objects[0].place])
             mask = torch.zeros(128, 128)
             mask[16:120, max(x - 30, 0) : x + 30] = 1
@@ -174,7 +184,7 @@ def judge_inpainting(trained: LatentDiffusion, plain: LatentDiffusion, count: in
             )
             for when, p in (("after", made[-1]), ("before", picture)):
                 edge[when].append(jump(np.asarray(p), mask.numpy() > 0))
-        seen = score(judge, pictures_to_tensor(made), asked, [t.mentions for t in told])
+        seen = score(judge, pictures_to_tensor(made), asked, [p.mentions for p in prompts])
         found[key] = {name: round(seen.accuracy(name), 4) for name in ("object", "place", "colour")}
         found[key]["seam"] = round(float(np.mean(edge["after"])), 2)
         found["drawn"] = {"seam": round(float(np.mean(edge["before"])), 2)}
@@ -191,7 +201,7 @@ def jump(picture: np.ndarray, mask: np.ndarray) -> float:
 
 def train_controlnet(plan: Plan, args: argparse.Namespace) -> None:
     """A ControlNet (arXiv:2302.05543) that reads a semantic map, painted in the colours of `show.LABEL_COLOURS`."""
-    model, _, mean, deviation, table = frozen_model(plan, args)
+    model, device, _, mean, deviation, table = frozen_model(plan, args)
     maps, colours = torch.from_numpy(maps_of(plan, args.runs)), torch.tensor(show.LABEL_COLOURS).float() / 255
     net = ControlNet.from_unet(model.unet, conditioning_embedding_out_channels=(16, 32, 32, 64))
     frozen = model.unet.requires_grad_(False)
@@ -204,14 +214,12 @@ def train_controlnet(plan: Plan, args: argparse.Namespace) -> None:
 
     def loss(net: nn.Module, rows: Tensor, rng: torch.Generator, done: float) -> Tensor:
         x0, noise, t = noised(mean[rows], deviation[rows], schedule, rng)
-        ids = table[rows, torch.randint(WORDINGS, (len(rows),), generator=rng)].long()
-        ids[torch.rand(len(rows), generator=rng) < CAPTIONS_DROPPED] = nothing
-        x = schedule.add_noise(x0, noise, t)
-        with sdpa_kernel(SDPBackend.MATH):
+        x, wanted, t = (v.to(device) for v in (schedule.add_noise(x0, noise, t), schedule.velocity(x0, noise, t), t))
+        with sdpa_kernel(attention_for(device)):
             with torch.no_grad():
-                text = model.text_encoder(ids)
-            out = frozen(x, t, text, net(x, t, text, painted(rows)))
-        return (out.float() - schedule.velocity(x0, noise, t)).square().mean()
+                text = model.text_encoder(told(table, rows, nothing, CAPTIONS_DROPPED, rng).to(device))
+            out = frozen(x, t, text, net(x, t, text, painted(rows).to(device)))
+        return (out.float() - wanted).square().mean()
 
     facts = drive("controlnet", net, loss, plan, args)
     net.load_state_dict(checkpoints.ema_weights(args.runs / "controlnet"))

@@ -11,19 +11,17 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from ldm_lessons import cards, checkpoints, data, scenes, schedules, training
 from ldm_lessons.judge import Judge
 from ldm_lessons.machine import data_dir
 from ldm_lessons.metrics import features, frechet_distance, psnr, write_json
-from ldm_lessons.pipeline import to_pil
-from ldm_lessons.recipes.common import batch_of, drive, minutes_of
+from ldm_lessons.recipes.common import attention_for, batch_of, drive, minutes_at, picture_row
 from ldm_lessons.recipes.unet import SCHEDULER, noised, target
 from ldm_lessons.recipes.vae import reconstruction_loss
-from ldm_lessons.samplers import make_sampler
+from ldm_lessons.samplers import SAMPLERS
 from ldm_lessons.training import Plan
 from ldm_lessons.unet import UNet, UNetConfig
 from ldm_lessons.vae import VAE, VAEConfig
@@ -49,9 +47,9 @@ def small_unet(channels: int, side: int, widths: tuple[int, ...] = (32, 64, 96))
     ))  # fmt: skip
 
 
-def no_text(batch: int) -> Tensor:
-    """What stands in the place of a text: (batch, 1, 32) zeros."""
-    return torch.zeros(batch, 1, 32)
+def no_text(x: Tensor) -> Tensor:
+    """What stands in the place of a text beside x (B, C, h, w): (B, 1, 32) zeros."""
+    return x.new_zeros(len(x), 1, 32)
 
 
 def train_small_vae(plan: Plan, args: argparse.Namespace) -> None:
@@ -88,9 +86,14 @@ def small_vae(name: str, config: VAEConfig, kl_weight: float, plan: Plan, args: 
     return vae, facts
 
 
-def _held_out(args: argparse.Namespace, count: int) -> Tensor:
-    drawn = data.pictures(scenes.SPLITS["validation"][:count], 64, args.runs / "cache")
+def _held_out(args: argparse.Namespace, count: int, side: int = 64) -> Tensor:
+    drawn = data.pictures(scenes.SPLITS["validation"][:count], side, args.runs / "cache")
     return torch.from_numpy(drawn).float() / 255
+
+
+def _looked_at(judge: Judge, pictures: Tensor) -> Tensor:
+    """What the judge sees in pictures smaller than those it knows."""
+    return features(judge, F.interpolate(pictures, (128, 128), mode="bilinear"))
 
 
 def compare_kl_weights(plan: Plan, args: argparse.Namespace) -> None:
@@ -110,7 +113,7 @@ def compare_kl_weights(plan: Plan, args: argparse.Namespace) -> None:
                 "noise": vae.decode(torch.randn(found.mean[:12].shape, generator=training.generator(0, 8))),
             }
         for kind, made in rows.items():
-            _row((made / 2 + 0.5).clamp(0, 1)).save(folder / f"kl-{weight}-{kind}.webp", quality=85, method=6)
+            picture_row((made / 2 + 0.5).clamp(0, 1)).save(folder / f"kl-{weight}-{kind}.webp", quality=85, method=6)
         result[str(weight)] = {
             "psnr": facts["validation"]["psnr"],
             "kl": round((found.kl().mean() / found.mean[0].numel()).item(), 3),
@@ -129,14 +132,13 @@ def train_pixels(plan: Plan, args: argparse.Namespace) -> None:
         if progress.step in (*PIXEL_STAGES, plan.steps):
             unet = _filled(small_unet(3, 32), progress.ema)
             folder.mkdir(parents=True, exist_ok=True)
-            _row(_pictures(unet, None, 12)).save(folder / f"step-{progress.step:05}.webp", quality=90, method=6)
+            picture_row(_pictures(unet, None, 12)).save(folder / f"step-{progress.step:05}.webp", quality=90, method=6)
             if progress.step in (PIXEL_STAGES[1], plan.steps):
                 save_model(unet, folder / ("early" if progress.step == PIXEL_STAGES[1] else "last"))
 
     unet, facts = pixel_denoiser("pixels", "v_prediction", plan, args, watch)
-    minutes = dict(zip((row["step"] for row in facts["curve"]), minutes_of(facts["curve"]), strict=True))
     facts["stages"] = [
-        {"step": step, "minutes": round(minutes[min(minutes, key=lambda known: abs(known - step))], 1)}
+        {"step": step, "minutes": minutes_at(facts["curve"], step)}
         for step in (*PIXEL_STAGES, plan.steps)
         if step <= plan.steps
     ]
@@ -164,14 +166,13 @@ def pixel_denoiser(
 def compare_predictions(plan: Plan, args: argparse.Namespace) -> None:
     """The same network and budget for noise, picture and v: `data/small/predictions.json`, a row of samples each."""
     judge, folder, result = Judge.load().float().eval(), data_dir() / "small", {}
-    real = torch.from_numpy(data.pictures(scenes.SPLITS["validation"][:1000], 32, args.runs / "cache")).float() / 255
-    real = features(judge, F.interpolate(real, scale_factor=4.0, mode="bilinear"))
+    real = _looked_at(judge, _held_out(args, 1000, 32))
     for prediction in ("epsilon", "sample", "v_prediction"):
         unet, facts = pixel_denoiser(f"pixels-{prediction}", prediction, plan, args)
         shown = _pictures(unet, None, DRAWS, prediction)
-        seen = features(judge, F.interpolate(shown, scale_factor=4.0, mode="bilinear"))
+        seen = _looked_at(judge, shown)
         folder.mkdir(parents=True, exist_ok=True)
-        _row(shown[:12]).save(folder / f"predicts-{prediction}.webp", quality=90, method=6)
+        picture_row(shown[:12]).save(folder / f"predicts-{prediction}.webp", quality=90, method=6)
         result[prediction] = {
             "steps": plan.steps, "batch": plan.batch, "minutes": facts["minutes"],
             "fid": round(frechet_distance(seen, real), 1),
@@ -199,9 +200,11 @@ def denoising_loss(
 ) -> Tensor:  # fmt: skip
     """The mean squared error, (), on what `mean` and `deviation` (B, C, h, w) give."""
     x0, noise, t = noised(mean, deviation, schedule, rng)
-    with sdpa_kernel(SDPBackend.MATH):
-        answer = model(schedule.add_noise(x0, noise, t), t, no_text(len(x0)))
-    return (answer.float() - target(schedule, prediction, x0, noise, t)).square().mean()
+    device = next(model.parameters()).device
+    x, wanted = (v.to(device) for v in (schedule.add_noise(x0, noise, t), target(schedule, prediction, x0, noise, t)))
+    with sdpa_kernel(attention_for(device)):
+        answer = model(x, t.to(device), no_text(x))
+    return (answer.float() - wanted).square().mean()
 
 
 @torch.inference_mode()
@@ -212,16 +215,13 @@ def sample_small(
     side, channels, made = unet.config.sample_size, unet.config.in_channels, []
     noise = torch.randn(count, channels, side, side, generator=training.generator(seed, 7))
     for x in noise.split(batch):
-        config = {k: v for k, v in SCHEDULER.items() if k in _OURS} | {"prediction_type": prediction}
-        sampler = make_sampler("dpmpp_2m", **config)
+        sampler = SAMPLERS["dpmpp_2m"].from_config(SCHEDULER | {"prediction_type": prediction})
         sampler.set_timesteps(steps)
+        x = x.to(unet.conv_in.weight)
         for t in sampler.timesteps:
-            x = sampler.step(unet(x, t, no_text(len(x))), t, x, return_dict=False)[0]
+            x = sampler.step(unet(x, t, no_text(x)), t, x, return_dict=False)[0]
         made.append(x)
     return torch.cat(made)
-
-
-_OURS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "timestep_spacing")
 
 
 def race(plan: Plan, args: argparse.Namespace) -> None:
@@ -233,10 +233,7 @@ def race(plan: Plan, args: argparse.Namespace) -> None:
     minutes = args.minutes or 12.0
     source = data.pictures(scenes.SPLITS["train"][: plan.rows], 64, args.runs / "cache")
     judge, schedule = Judge.load().float().eval(), schedules.NoiseSchedule.from_config(SCHEDULER)
-    held_out = (
-        torch.from_numpy(data.pictures(scenes.SPLITS["validation"][:1000], 64, args.runs / "cache")).float() / 255
-    )
-    real = features(judge, F.interpolate(held_out, scale_factor=2.0, mode="bilinear"))
+    real = _looked_at(judge, _held_out(args, 1000))
     floor, folder = frechet_distance(real[:DRAWS], real[DRAWS:]), data_dir() / "small"
     result = {"minutes": minutes, "floor": round(floor, 2), "batch": plan.batch, "racers": {}}
     for f, name in RACERS.items():
@@ -244,37 +241,23 @@ def race(plan: Plan, args: argparse.Namespace) -> None:
         mean, deviation = _compressed(vae, source)
         torch.manual_seed(plan.seed)
         unet = small_unet(mean.shape[1], mean.shape[2])
-        average = {k: v.detach().clone() for k, v in unet.state_dict().items()}
-        optimizer = torch.optim.AdamW(unet.parameters(), plan.learning_rate, (0.9, 0.98), fused=True)
-        spent, step, points, marks = 0.0, 0, [], [minutes * k / 6 for k in range(1, 7)]
-        while marks:
-            began = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = plan.learning_rate * min(1, (step + 1) / 100)
-            rows = training.rows_of_step(plan, step)
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = denoising_loss(
-                    unet, mean[rows].float(), deviation[rows].float(), schedule, training.generator(0, 2, step)
-                )
-            loss.backward()
-            nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            keep = min(0.998, (1 + step) / (10 + step))
-            with torch.no_grad():
-                for key, value in unet.state_dict().items():
-                    average[key].lerp_(value, 1 - keep)
-            spent += time.perf_counter() - began
-            if spent / 60 >= marks[0]:
+        points, marks, spent, began = [], [minutes * k / 6 for k in range(1, 7)], 0.0, time.perf_counter()
+
+        def loss(model: nn.Module, rows: Tensor, rng: torch.Generator, done: float) -> Tensor:
+            return denoising_loss(model, mean[rows], deviation[rows], schedule, rng)  # noqa: B023 (used in this turn)
+
+        for progress in training.train(unet, loss, plan, args.runs / f"race-f{f}", precision=args.precision):
+            spent += (time.perf_counter() - began) / 60
+            if spent >= marks[0]:
                 marks.pop(0)
-                pictures = _pictures(_filled(small_unet(mean.shape[1], mean.shape[2]), average), vae, DRAWS)
-                seen = features(judge, F.interpolate(pictures, scale_factor=2.0, mode="bilinear"))
-                points.append(
-                    {"minutes": round(spent / 60, 2), "step": step, "fid": round(frechet_distance(seen, real), 2)}
-                )
+                pictures = _pictures(_filled(small_unet(mean.shape[1], mean.shape[2]), progress.ema), vae, DRAWS)
+                fid = round(frechet_distance(_looked_at(judge, pictures), real), 2)
+                points.append({"minutes": round(spent, 2), "step": progress.step, "fid": fid})
                 print(f, points[-1], flush=True)
-        _row(pictures[:12]).save(folder / f"race-f{f}.webp", quality=85, method=6)
+            if not marks:
+                break
+            began = time.perf_counter()
+        picture_row(pictures[:12]).save(folder / f"race-f{f}.webp", quality=85, method=6)
         result["racers"][f] = {
             "latent": list(mean.shape[1:]), "parameters": sum(p.numel() for p in unet.parameters()), "points": points,
         }  # fmt: skip
@@ -306,7 +289,3 @@ def _pictures(unet: nn.Module, vae: nn.Module | None, count: int, prediction: st
 def _filled(unet: UNet, state: dict) -> UNet:
     unet.load_state_dict(state)
     return unet.eval()
-
-
-def _row(pictures: Tensor) -> Image.Image:
-    return to_pil(torch.cat(list(pictures), 2)[None])[0]

@@ -14,11 +14,21 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm_lessons import cards, checkpoints, data, metrics, models, scenes, schedules, training
-from ldm_lessons.judge import Judge, score
+from ldm_lessons.judge import Judge, pictures_to_tensor, score
 from ldm_lessons.machine import data_dir
 from ldm_lessons.metrics import write_json
 from ldm_lessons.pipeline import LatentDiffusion
-from ldm_lessons.recipes.common import WORDINGS, batch_of, captions, drive, minutes_of, token_table, training_pictures
+from ldm_lessons.recipes.common import (
+    attention_for,
+    batch_of,
+    captions,
+    drive,
+    minutes_at,
+    picture_row,
+    token_table,
+    told,
+    training_pictures,
+)
 from ldm_lessons.text import TextEncoder, tokenize
 from ldm_lessons.training import Plan
 from ldm_lessons.unet import UNet, UNetConfig
@@ -200,28 +210,21 @@ def min_snr_weight(schedule: schedules.NoiseSchedule, choices: Choices, t: Tenso
 
 def draw_stage(model: LatentDiffusion, path: Path) -> None:
     """What the model draws for `SENTENCES` by now, in a row, from the same noise every time."""
-    from PIL import Image
-
     from ldm_lessons import generate
 
     with sdpa_kernel(SDPBackend.MATH):
         made = generate.text_to_image(model, list(SENTENCES), seed=0, progress=False)
-    row = Image.new("RGB", (sum(p.width for p in made), made[0].height))
-    for i, picture in enumerate(made):
-        row.paste(picture, (i * picture.width, 0))
-    row.save(path, quality=85, method=6)
+    picture_row(pictures_to_tensor(made)).save(path, quality=85, method=6)
 
 
 def keep_stages(made: Path, target: Path, curve: list[dict]) -> list[dict]:
     """Copy the rows that `draw_stage` left into `target`; says for each after how many steps and minutes it was."""
     target.mkdir(parents=True, exist_ok=True)
-    minutes = dict(zip((row["step"] for row in curve), minutes_of(curve), strict=True))
     found = []
     for path in sorted(made.glob("step-*.webp")):
         step = int(path.stem.removeprefix("step-"))
         shutil.copy(path, target / f"{made.name}-{path.name}")
-        near = min(minutes, key=lambda known: abs(known - step))
-        found.append({"step": step, "minutes": round(minutes[near], 1), "file": f"{made.name}-{path.name}"})
+        found.append({"step": step, "minutes": minutes_at(curve, step), "file": f"{made.name}-{path.name}"})
     return found
 
 
@@ -257,28 +260,19 @@ def make_denoiser(name: str, choices: Choices, plan: Plan, args: argparse.Namesp
     table = token_table(tokenizer, captions(plan))
     nothing = tokenize(tokenizer, "")[0]
     things = places_of_things(plan)
-    # on CPUs, plain attention is a sixth faster in training at this size than the fused kernel
-    attention = (
-        SDPBackend.MATH if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    )
     config = SCHEDULER | {"prediction_type": choices.prediction, "beta_schedule": choices.beta_schedule}
     schedule = schedules.NoiseSchedule.from_config(config)
     model = Aligned(UNet(UNetConfig.pocket()), seen.shape[1])
 
     def loss(model: nn.Module, rows: Tensor, rng: torch.Generator, done: float) -> dict[str, Tensor]:
-        n = len(rows)
         x0, noise, t = noised(mean[rows], deviation[rows], schedule, rng, choices.shift)
-        ids = table[rows, torch.randint(WORDINGS, (n,), generator=rng)].long()
-        ids[torch.rand(n, generator=rng) < 0.1] = nothing
-        x_t, wanted = (
-            schedule.add_noise(x0, noise, t).to(device),
-            target(schedule, choices.prediction, x0, noise, t).to(device),
-        )
-        with sdpa_kernel(attention):
+        ids = told(table, rows, nothing, 0.1, rng)
+        x_t, wanted = schedule.add_noise(x0, noise, t), target(schedule, choices.prediction, x0, noise, t)
+        with sdpa_kernel(attention_for(device)):
             with torch.no_grad():
                 condition = text(ids.to(device))
-            answer, guess = model(x_t, t.to(device), condition)
-        error = (answer.float() - wanted).square().mean(1, keepdim=True)  # (B, 1, 16, 16)
+            answer, guess = model(x_t.to(device), t.to(device), condition)
+        error = (answer.float() - wanted.to(device)).square().mean(1, keepdim=True)  # (B, 1, 16, 16)
         alike = F.cosine_similarity(guess.float(), torch.from_numpy(seen[rows.numpy()]).float().to(device), dim=1)
         if choices.min_snr:
             level = min_snr_weight(schedule, choices, t)
@@ -344,7 +338,7 @@ def compare_variants(plan: Plan, args: argparse.Namespace) -> None:
     A row that is there already, of the same plan, is not made again.
     """
     path, asked = data_dir() / "comparison.json", [scenes.sample_scene(i, "test") for i in range(args.count)]
-    told = [scenes.caption_with_mentions(s, 0) for s in asked]
+    prompts = [scenes.caption_with_mentions(s, 0) for s in asked]
     judge = Judge.load().float()
     other = data.pictures(scenes.SPLITS["test"][args.count : 3 * args.count], 128, args.runs / "cache")
     real = metrics.features(judge, torch.from_numpy(other).float() / 255)
@@ -355,8 +349,8 @@ def compare_variants(plan: Plan, args: argparse.Namespace) -> None:
             continue
         folder = args.runs / f"compare-{_file_name(variant)}"
         make_denoiser(folder.name, VARIANTS[variant], plan, args)
-        shown, _ = metrics.make(models.load(folder / "model"), [t.text for t in told], variant)
-        found = score(judge, shown, asked, [t.mentions for t in told])
+        shown, _ = metrics.make(models.load(folder / "model"), [p.text for p in prompts], variant)
+        found = score(judge, shown, asked, [p.mentions for p in prompts])
         facts = json.loads((folder / "facts.json").read_text())
         rows = json.loads(path.read_text()) if path.exists() else {}  # another process may have added one
         rows[variant] = {
