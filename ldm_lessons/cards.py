@@ -17,7 +17,8 @@ from ldm_lessons.scenes import world
 
 WHAT = {
     "judge": ("`judge/`", "a classifier of scenes, one head an attribute, trained on drawn scenes alone"),
-    "clip": ("`clip/`, `pocket/text_encoder/`, `pocket/tokenizer/`", "tokenizer, text tower and picture tower"),
+    "text": ("`pocket/text_encoder/`, `pocket/tokenizer/`", "tokenizer and text tower, taught by the judge's layers"),
+    "clip": ("`clip/`", "a small CLIP: that text tower, and a picture tower trained to meet it"),
     "vae": ("`pocket/vae/`", "f = 8, four latent channels: (3, 128, 128) pictures to (4, 16, 16) latents"),
     "unet": ("`pocket/unet/`", "the denoiser of latents, v-prediction, 10 % of the captions left out"),
     "inpaint": ("`inpaint/`", "what an inpainting U-Net of nine channels has otherwise than the pocket model's"),
@@ -30,7 +31,8 @@ WHAT = {
 LIMITS = """The models know this one world and its words. Places, sizes and counts are obeyed less often than sky,
 ground and colour; small things (birds, stars, rain, windows) come out soft. What the judge misses on drawn pictures
 (the last column) it cannot count in the model's either. Pictures other than 128 × 128 are outside what they were
-trained on. The VAE's loss looked through an earlier judge, of the same kind."""
+trained on. The judge never saw a picture of the model's, but its layers helped to train text tower, VAE and U-Net: what
+it overlooks they may have learnt to overlook. (The VAE's loss looked through an earlier judge, of the same kind.)"""
 
 
 def record(name: str, facts: dict) -> None:

@@ -40,9 +40,7 @@ class Plan:
     ema: float = 0.999  # 0 keeps no average
     seed: int = 0
     save_seconds: float = 120.0
-    muon: float = (
-        0.0  # its learning rate for the inner matrices (see `Muon`), with AdamW for the rest; 0: AdamW for all
-    )
+    muon: float = 0.0  # `Muon`'s learning rate for the inner matrices, the rest being AdamW's; 0: AdamW has all
 
 
 @dataclass
@@ -103,7 +101,7 @@ class Muon:
     def __init__(self, parameters: list[nn.Parameter], lr: float):
         self.parameters = parameters
         self.flat = [nn.Parameter(p.detach().view(len(p), -1)) for p in parameters]  # the same numbers, not copies
-        self.inner = torch.optim.Muon(self.flat, lr, weight_decay=0.0, ns_steps=3)  # on CPUs the usual five are dear
+        self.inner = torch.optim.Muon(self.flat, lr, weight_decay=0.0, ns_steps=3)  # five cost a CPU too much
 
     def step(self, lr: float) -> None:
         """One step with the gradients that lie at the parameters."""

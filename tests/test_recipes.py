@@ -16,7 +16,7 @@ from ldm_lessons.schedules import NoiseSchedule
 from ldm_lessons.training import generator as recipes_generator
 from ldm_lessons.unet import UNet
 
-NAMES = ["judge", "clip", "vae", "unet", "inpaint", "controlnet", "vae-f4", "vae-f8", "vae-f16", "pixels"]
+NAMES = ["judge", "vae", "text", "clip", "unet", "inpaint", "controlnet", "vae-f4", "vae-f8", "vae-f16", "pixels"]
 TINY = ["--rows", "48", "--steps", "3", "--batch", "4", "--precision", "no"]
 
 
@@ -65,8 +65,9 @@ def test_cards_say_how(made) -> None:
         assert card["samples"] == 12 and card["plan"]["seed"] == 0 and card["parameters"] > 1e5
         assert [row["step"] for row in card["curve"]] == [1, 2, 3]
         assert set(card["versions"]) == {"torch", "diffusers", "transformers", "accelerate"}
-    found = cards["clip"]["validation"]
-    assert {"time", "object", "colour"} <= set(found["zero-shot"]) and "place" in found["one word changed"]
+    for name in ("text", "clip"):
+        found = cards[name]["validation"]
+        assert {"time", "object", "colour"} <= set(found["zero-shot"]) and "place" in found["one word changed"]
 
 
 def test_an_inpainting_unet_differs_from_the_pocket_one_in_what_was_trained(made) -> None:
@@ -88,7 +89,9 @@ def test_holes_leave_something_and_take_something() -> None:
 def test_the_race_counts_every_racer_alike(made, monkeypatch) -> None:
     monkeypatch.setattr(small, "DRAWS", 8)
     monkeypatch.setattr(small, "_pictures", lambda unet, vae, count: torch.rand(count, 3, 64, 64))
-    recipes.main(["race", "--rows", "48", "--batch", "4", "--minutes", "0.03", "--runs", str(made / "runs")])
+    recipes.main(
+        ["race", "--rows", "48", "--batch", "4", "--minutes", "0.03", "--precision", "no", "--runs", str(made / "runs")]
+    )
     found = json.loads((made / "data" / "small" / "race.json").read_text())
     assert set(found["racers"]) == set(small.RACERS)
     for f, racer in found["racers"].items():
@@ -161,9 +164,27 @@ def test_latents_have_unit_variance_after_scaling(made) -> None:
     from ldm_lessons.weights import load_model
 
     vae = load_model(VAE, None, made / "data" / "pocket" / "vae")
-    stored = unet.latents(vae, None, made / "runs" / "unet", torch.device("cpu"))
+    source = common.training_pictures(recipes.replace(recipes.PLANS["unet"], rows=48), made / "runs")
+    stored = common.latents(vae, source, made / "runs" / "unet")
     assert stored[0].shape == (48, 4, 16, 16)
     assert stored[0].float().std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_what_one_net_made_is_not_taken_for_anothers(tmp_path) -> None:
+    asked = []
+
+    def made_by(net, count):
+        each = lambda rows: asked.append(rows) or {"x": rows + net.bias.item()}  # noqa: E731
+        return common.kept("sums", tmp_path, net, count, each)["x"].tolist()
+
+    net = torch.nn.Linear(1, 1).requires_grad_(False)
+    net.bias.fill_(1)
+    assert made_by(net, 70) == list(range(1, 71)) and len(asked) == 2
+    assert made_by(net, 3) == [1, 2, 3] and len(asked) == 2  # read
+    net.bias.fill_(2)
+    assert made_by(net, 3) == [2, 3, 4] and len(asked) == 3
+    assert made_by(net, 4) == [2, 3, 4, 5] and len(asked) == 4  # too few were kept
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_a_finished_run_is_not_trained_again(made, capsys) -> None:
@@ -171,6 +192,12 @@ def test_a_finished_run_is_not_trained_again(made, capsys) -> None:
     recipes.main(["judge", *TINY, "--runs", str(made / "runs")])
     after = checkpoints.read(made / "runs" / "judge")[0]
     assert all(torch.equal(v, after[k]) for k, v in before.items())
+
+
+def test_the_same_command_makes_the_same_weights(made, tmp_path) -> None:
+    recipes.main(["judge", *TINY, "--runs", str(tmp_path)])
+    once, again = (checkpoints.read(runs / "judge")[0] for runs in (made / "runs", tmp_path))
+    assert all(torch.equal(v, again[k]) for k, v in once.items())
 
 
 def test_the_tokenizer_keeps_every_word_and_never_fails() -> None:

@@ -151,3 +151,13 @@ def test_the_lesson_table_reads_what_is_measured_and_says_what_is_planned(tmp_pa
     assert "about 2 minutes, 1.1 GB" in vae and 'href="04_vae.ipynb"' in vae
     assert "not measured yet" in next(row for row in rows.values() if "05_latent" in row)
     assert sum("planned" in row and "href" not in row for row in rows.values()) == 13
+
+
+def test_every_label_has_a_colour_that_can_be_told_from_the_others() -> None:
+    from itertools import combinations
+
+    from ldm_lessons import scenes
+
+    assert len(show.LABEL_COLOURS) == len(scenes.LABELS)
+    apart = [np.abs(np.subtract(a, b)).max() for a, b in combinations(show.LABEL_COLOURS, 2)]
+    assert min(apart) >= 15, "a painted map could be misread"

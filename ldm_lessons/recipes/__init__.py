@@ -1,6 +1,6 @@
 """How the course's models were made, each by one command from nothing:
 
-    python -m ldm_lessons.recipes judge        # and then clip, vae, unet, in this order
+    python -m ldm_lessons.recipes judge        # and then vae, text, clip, unet, in this order
     torchrun --standalone --nproc_per_node 2 -m ldm_lessons.recipes vae     # two processes, one core each
     accelerate launch -m ldm_lessons.recipes unet                           # as `accelerate config` says: GPUs
 

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from ldm_lessons import recipes
-from ldm_lessons.recipes.clip import train_clip
+from ldm_lessons.recipes.clip import train_clip, train_text
 from ldm_lessons.recipes.conditions import train_controlnet, train_inpaint
 from ldm_lessons.recipes.judge import train_judge
 from ldm_lessons.recipes.small import (
@@ -25,6 +27,7 @@ from ldm_lessons.training import Plan
 RUNS = Path("runs")
 PLANS = {
     "judge": Plan(steps=20_000, rows=40_000, batch=16, learning_rate=1e-3, ema=0.998),
+    "text": Plan(steps=2000, rows=40_000, batch=64, learning_rate=1e-3, ema=0.995),
     "clip": Plan(steps=2400, rows=40_000, batch=64, learning_rate=1e-3, ema=0.995),
     "vae": Plan(steps=10_000, rows=40_000, batch=16, learning_rate=1.5e-3, ema=0.998, weight_decay=0.0),
     "unet": Plan(steps=12_000, rows=40_000, batch=64, learning_rate=1e-3, ema=0.998),
@@ -38,13 +41,12 @@ PLANS = {
     "predictions": Plan(steps=900, rows=20_000, batch=64, learning_rate=1e-3, ema=0.99, decay=0.0),
     "band": Plan(steps=150, rows=4000, batch=64, learning_rate=1e-3, ema=0.99, decay=0.0),
     "kl": Plan(steps=1200, rows=20_000, batch=16, learning_rate=1.5e-3, ema=0.99, weight_decay=0.0),
-    # a race ends by the clock
-    "race": Plan(
-        steps=10**9, rows=20_000, batch=64, learning_rate=1e-3, ema=0.998, save_seconds=1e9
-    ),  # until time is up
+    # a race ends by the clock, and is not gone on with
+    "race": Plan(steps=10**9, rows=20_000, batch=64, learning_rate=1e-3, ema=0.998, save_seconds=1e9),
 }
 RECIPES: dict[str, Callable[[Plan, argparse.Namespace], None]] = {
     "judge": train_judge,
+    "text": train_text,
     "clip": train_clip,
     "vae": train_vae,
     "unet": train_unet,
@@ -77,7 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     changes = {k: v for k in ("steps", "rows", "batch") if (v := getattr(args, k)) is not None}
     try:
-        RECIPES[args.name](replace(PLANS[args.name], **changes), args)
+        plan = replace(PLANS[args.name], **changes)
+        torch.manual_seed(plan.seed)  # the weights to begin with
+        RECIPES[args.name](plan, args)
     except (OSError, ValueError) as error:
         raise SystemExit(f"recipes: {error}") from error
 

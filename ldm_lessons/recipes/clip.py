@@ -1,4 +1,4 @@
-"""The recipe for the tokenizer and the small CLIP."""
+"""The recipes for the tokenizer with the text tower, and for the rest of the small CLIP."""
 
 import argparse
 import json
@@ -6,25 +6,36 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from ldm_lessons import cards, checkpoints, scenes
 from ldm_lessons.clip import CLIP, VisionConfig
+from ldm_lessons.judge import Judge
 from ldm_lessons.machine import data_dir
 from ldm_lessons.metrics import write_json
-from ldm_lessons.recipes.common import WORDINGS, batch_of, captions, drive, token_table, training_pictures, validation
+from ldm_lessons.recipes.common import (
+    WORDINGS,
+    batch_of,
+    captions,
+    drive,
+    seen_by_judge,
+    token_table,
+    training_pictures,
+    usual_and_spread,
+    validation,
+)
 from ldm_lessons.scenes import words
 from ldm_lessons.scenes.world import COLOURS, HELD_OUT_KIND, PLACES, TIMES, Dice
 from ldm_lessons.text import TextConfig, tokenize
 from ldm_lessons.training import Plan
-from ldm_lessons.weights import save_model
+from ldm_lessons.weights import load_model, save_model
 
 
 def train_tokenizer(captions: list[str], size: int = 400) -> PreTrainedTokenizerBase:
     """A `CLIPTokenizer` whose `size` merges were learnt on `captions` (byte-pair encoding, arXiv:1508.07909)."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pattern = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[]).backend_tokenizer
@@ -78,11 +89,67 @@ def wrong_caption(scene: scenes.Scene, wording: int, tries: int = 8) -> tuple[st
     return "", right
 
 
-def train_clip(plan: Plan, args: argparse.Namespace) -> None:
-    """Tokenizer and small CLIP; its text tower becomes the pocket model's.
+class Taught(nn.Module):
+    """CLIP's text half beside a head that reads what the judge's layers see, in the place of the picture half."""
 
-    Beside the other captions of the batch each picture has to tell its own from one with a single word changed
-    (arXiv:2210.01936): by the others alone, a text tower never learns left from right.
+    def __init__(self, clip: CLIP, seen: Tensor):
+        super().__init__()
+        self.text_model, self.text_projection, self.logit_scale = (
+            clip.text_model,
+            clip.text_projection,
+            clip.logit_scale,
+        )
+        usual, spread = usual_and_spread(seen)
+        self.register_buffer("usual", usual)
+        self.register_buffer("spread", spread)
+        inner, places = 64, seen[0, 0].numel()
+        self.head = nn.Sequential(
+            nn.Conv2d(seen.shape[1], inner, 1), nn.SiLU(), nn.Flatten(), nn.Linear(inner * places, 256), nn.SiLU(),
+            nn.Linear(256, clip.text_projection.out_features),
+        )  # fmt: skip
+
+    def pictures(self, seen: Tensor) -> Tensor:
+        """The judge's layers (B, C, 8, 8) -> unit vectors in the shared space (B, projection_dim)."""
+        return F.normalize(self.head((seen.float() - self.usual) / self.spread).float(), dim=1)
+
+    def forward(self, input_ids: Tensor, seen: Tensor) -> Tensor:
+        """Cosine of every picture with every text, times the learnt scale: (B pictures, B texts)."""
+        text = self.text_projection(self.text_model.pooled(self.text_model(input_ids), input_ids))
+        return self.logit_scale.exp() * self.pictures(seen) @ F.normalize(text.float(), dim=1).T
+
+
+class Captions:
+    """Captions of the training scenes as tokens, and for each one with a single word changed (arXiv:2210.01936).
+
+    Beside the other captions of the batch each picture has to tell its own from the changed one: by the others alone a
+    text tower hardly ever learns left from right.
+    """
+
+    def __init__(self, plan: Plan, tokenizer: PreTrainedTokenizerBase, texts: list[list[str]]):
+        train = [scenes.sample_scene(s) for s in scenes.SPLITS["train"][: plan.rows]]
+        self.right, self.end = token_table(tokenizer, texts), tokenizer.eos_token_id
+        self.wrong = token_table(tokenizer, [[wrong_caption(s, w)[1] for w in range(WORDINGS)] for s in train])
+
+    def draw(self, rows: Tensor, rng: torch.Generator) -> Tensor:
+        """One right caption of each row, then as many wrong ones: (2B, L), without the padding that all have."""
+        wording = torch.randint(WORDINGS, (len(rows),), generator=rng)
+        ids = torch.cat([self.right[rows, wording], self.wrong[rows, wording]]).long()
+        return ids[:, : int((ids == self.end).int().argmax(1).max()) + 1]
+
+    def contrast(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """CLIP's loss (arXiv:2103.00020 figure 3) of logits (B, 2B): the second B are the changed texts."""
+        n = len(logits)
+        same = torch.arange(n, device=logits.device)
+        no_change = F.pad(torch.diag((ids[:n] == ids[n:]).all(1)), (n, 0)).to(logits.device)
+        of_pictures = F.cross_entropy(logits.float().masked_fill(no_change, -torch.inf), same)
+        return (of_pictures + F.cross_entropy(logits[:, :n].float().T, same)) / 2
+
+
+def train_text(plan: Plan, args: argparse.Namespace) -> None:
+    """Tokenizer and text tower of the pocket model, the latter also in a CLIP whose picture tower is yet to be trained.
+
+    The text tower learns beside what the judge's layers see (like arXiv:2111.07991, which locks the picture half). The
+    picture tower of a small CLIP sees too little of small things to teach words about them.
     """
     source, texts = training_pictures(plan, args.runs), captions(plan)
     pocket = data_dir() / "pocket"
@@ -93,35 +160,61 @@ def train_clip(plan: Plan, args: argparse.Namespace) -> None:
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     text = TextConfig.pocket(len(tokenizer), **ends)
-    clip = CLIP(text, VisionConfig.pocket(), text.projection_dim).to(memory_format=torch.channels_last)
-    table = token_table(tokenizer, texts)
-    train = [scenes.sample_scene(s) for s in scenes.SPLITS["train"][: plan.rows]]
-    wrong = token_table(tokenizer, [[wrong_caption(s, w)[1] for w in range(WORDINGS)] for s in train])
+    clip = CLIP(text, VisionConfig.pocket(), text.projection_dim)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with PartialState(cpu=device.type == "cpu").main_process_first():
+        seen = seen_by_judge(source, args.runs / "unet", device)
+    said, taught = Captions(plan, tokenizer, texts), Taught(clip, seen)
+
+    def loss(model: nn.Module, rows: Tensor, rng: torch.Generator, done: float) -> Tensor:
+        ids = said.draw(rows, rng).to(device)
+        return said.contrast(model(ids, seen[rows].to(device)), ids)
+
+    facts = drive("text", taught, loss, plan, args)
+    taught.load_state_dict(checkpoints.ema_weights(args.runs / "text"))
+    taught.eval()
+    held_out, shown = validation(min(1000, plan.rows), args.runs)
+    judge = Judge.load().float().eval()
+    with torch.inference_mode():
+        views = torch.cat([taught.pictures(judge.body(judge.stem(x * 2 - 1))) for x in shown.split(100)])
+    facts["validation"] = look_up(clip, tokenizer, held_out, views)
+    facts["parameters"] = sum(p.numel() for p in clip.text_model.parameters())
+    save_model(clip, data_dir() / "clip")
+    save_model(clip.text_model, pocket / "text_encoder")
+    cards.record("text", facts)
+    print(facts["validation"])
+
+
+def train_clip(plan: Plan, args: argparse.Namespace) -> None:
+    """The picture tower of the small CLIP, beside the text tower that is there (`train_text`), which stays as it is."""
+    source, texts = training_pictures(plan, args.runs), captions(plan)
+    tokenizer = CLIPTokenizer.from_pretrained(data_dir() / "pocket" / "tokenizer")
+    there = load_model(CLIP, None, data_dir() / "clip").float()
+    clip = CLIP.from_config(there.config).to(memory_format=torch.channels_last)
+    clip.text_model, clip.text_projection = (p.requires_grad_(False) for p in (there.text_model, there.text_projection))
+    said = Captions(plan, tokenizer, texts)
 
     def loss(model: nn.Module, rows: Tensor, rng: torch.Generator, done: float) -> Tensor:
         shown = F.avg_pool2d(batch_of(source, rows, clip), 2) * 2 - 1
-        wording, n = torch.randint(WORDINGS, (len(rows),), generator=rng), len(rows)
-        ids = torch.cat([table[rows, wording], wrong[rows, wording]]).long().to(shown.device)
-        ids = ids[:, : int((ids == tokenizer.eos_token_id).int().argmax(1).max()) + 1]  # the rest is padding
-        logits = model(ids, shown).float()  # (B, 2B): each picture has one right caption, and one that is nearly right
-        told_nothing = F.pad(torch.diag((ids[:n] == ids[n:]).all(1)), (n, 0))
-        same = torch.arange(n, device=shown.device)
-        of_pictures = F.cross_entropy(logits.masked_fill(told_nothing, -torch.inf), same)
-        return (of_pictures + F.cross_entropy(logits[:, :n].T, same)) / 2
+        ids = said.draw(rows, rng).to(shown.device)
+        return said.contrast(model(ids, shown), ids)
 
     facts = drive("clip", clip, loss, plan, args)
     clip.load_state_dict(checkpoints.ema_weights(args.runs / "clip"))
     clip.eval()
     held_out, shown = validation(min(1000, plan.rows), args.runs)
-    facts["validation"] = look_up(clip, tokenizer, held_out, shown)
+    with torch.inference_mode():
+        views = torch.cat([clip.image_features(F.avg_pool2d(x, 2) * 2 - 1) for x in shown.split(100)])
+    facts["validation"] = look_up(clip, tokenizer, held_out, F.normalize(views, dim=1))
     save_model(clip, data_dir() / "clip")
-    save_model(clip.text_model, pocket / "text_encoder")
     cards.record("clip", facts)
     print(facts["validation"])
 
 
-def look_up(clip: nn.Module, tokenizer: PreTrainedTokenizerBase, held_out: list[scenes.Scene], shown: Tensor) -> dict:
+def look_up(clip: CLIP, tokenizer: PreTrainedTokenizerBase, held_out: list[scenes.Scene], images: Tensor) -> dict:
     """How well sentences find unseen pictures, other wordings of themselves, and the words for what a picture shows.
+
+    `images` are the pictures of `held_out` as unit vectors in the shared space (N, projection_dim).
 
     "zero-shot" chooses among sentences that name one attribute and nothing else, each in all its wordings, as
     arXiv:2103.00020 section 3.1.4 does; "chance" is what guessing would give.
@@ -131,10 +224,6 @@ def look_up(clip: nn.Module, tokenizer: PreTrainedTokenizerBase, held_out: list[
     def texts(sentences: list[str]) -> Tensor:
         return F.normalize(clip.text_features(tokenize(tokenizer, sentences)), dim=1)
 
-    with torch.inference_mode():
-        images = F.normalize(
-            torch.cat([clip.image_features(F.avg_pool2d(x, 2) * 2 - 1) for x in shown.split(100)]), dim=1
-        )
     one, other = (texts([scenes.caption(s, w) for s in held_out]) for w in (WORDINGS, WORDINGS + 1))  # neither was read
     same = torch.arange(len(held_out))[:, None]
     hit = (one @ images.T).topk(min(5, len(held_out)), 1).indices == same

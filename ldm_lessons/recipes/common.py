@@ -1,6 +1,7 @@
 """What the recipes share: the pictures they read, and the run with its progress bar and its facts for the card."""
 
 import argparse
+import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -15,9 +16,11 @@ from torch.nn.attention import SDPBackend
 from transformers import PreTrainedTokenizerBase
 
 from ldm_lessons import checkpoints, data, scenes, training
+from ldm_lessons.judge import Judge
 from ldm_lessons.pipeline import to_pil
 from ldm_lessons.text import tokenize
 from ldm_lessons.training import Plan
+from ldm_lessons.vae import VAE
 
 WORDINGS = 4  # captions of each scene that training reads
 
@@ -46,6 +49,69 @@ def batch_of(source: np.ndarray, rows: Tensor, like: nn.Module) -> Tensor:
     return (picked.to(where).float() / 255).contiguous(memory_format=torch.channels_last)
 
 
+def kept(
+    what: str, folder: Path, net: nn.Module, count: int, each: Callable[[Tensor], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """What `each` makes of the first `count` training scenes, 64 rows a call: made once, then read from `folder`.
+
+    The file's name tells `net`'s weights and the code that draws, so what another made is not taken for it.
+    """
+    from safetensors.torch import load_file, save_file
+    from tqdm.auto import tqdm
+
+    digest = hashlib.sha256(data.drawing_code().encode())
+    for name, value in sorted(net.state_dict().items()):
+        digest.update(name.encode() + value.cpu().float().contiguous().numpy().tobytes())
+    path = folder / f"{what}-{digest.hexdigest()[:8]}.safetensors"
+    if path.exists():
+        found = {name: value[:count] for name, value in load_file(path).items()}
+        if all(len(value) == count for value in found.values()):
+            return found
+    folder.mkdir(parents=True, exist_ok=True)
+    parts, threads, device = [], torch.get_num_threads(), next(net.parameters()).device
+    torch.set_num_threads(os.cpu_count() or 1)  # the other processes wait
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16), tqdm(total=count, desc=what) as bar:
+        for rows in torch.arange(count).split(64):
+            parts.append({name: value.cpu() for name, value in each(rows).items()})
+            bar.update(len(rows))
+    torch.set_num_threads(threads)
+    found = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+    aside = path.with_suffix(".part")
+    save_file(found, aside)
+    os.replace(aside, path)
+    return found
+
+
+def latents(vae: VAE, source: np.ndarray, folder: Path) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every picture's latent, scaled: float16 (N, C, h, w), kept in `folder`."""
+
+    def each(rows: Tensor) -> dict[str, Tensor]:
+        found, scale = vae.encode(batch_of(source, rows, vae) * 2 - 1), vae.config.scaling_factor
+        return {
+            "mean": (found.mean.float() * scale).half(),
+            "std": ((0.5 * found.logvar.float()).exp() * scale).half(),
+        }
+
+    found = kept("latents", folder, vae, len(source), each)
+    return found["mean"], found["std"]
+
+
+def seen_by_judge(source: np.ndarray, folder: Path, device: torch.device) -> Tensor:
+    """The judge's layers at 8 x 8 on every picture: float16 (N, C, 8, 8), kept in `folder`."""
+    judge = Judge.load().float().to(device).eval()
+
+    def each(rows: Tensor) -> dict[str, Tensor]:
+        return {"seen": judge.body(judge.stem(batch_of(source, rows, judge) * 2 - 1)).half()}
+
+    return kept("judge", folder, judge, len(source), each)["seen"]
+
+
+def usual_and_spread(seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel over the first of `seen` (N, C, h, w): (1, C, 1, 1) both."""
+    some = seen[:4096].float()
+    return some.mean((0, 2, 3), keepdim=True), some.std((0, 2, 3), keepdim=True) + 1e-3
+
+
 def captions(plan: Plan) -> list[list[str]]:
     """`WORDINGS` captions of every training scene."""
     return [
@@ -61,7 +127,7 @@ def token_table(tokenizer: PreTrainedTokenizerBase, texts: list[list[str]]) -> T
     return torch.cat(parts).view(len(texts), -1, 77)
 
 
-def told(table: Tensor, rows: Tensor, nothing: Tensor, dropped: float, rng: torch.Generator) -> Tensor:
+def spoken(table: Tensor, rows: Tensor, nothing: Tensor, dropped: float, rng: torch.Generator) -> Tensor:
     """One of the captions of each row as tokens (B, 77); a share `dropped` of them says `nothing`."""
     ids = table[rows, torch.randint(table.shape[1], (len(rows),), generator=rng)].long()
     ids[torch.rand(len(rows), generator=rng) < dropped] = nothing

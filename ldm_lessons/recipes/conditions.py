@@ -17,8 +17,18 @@ from ldm_lessons.judge import Judge, pictures_to_tensor, score
 from ldm_lessons.machine import data_dir
 from ldm_lessons.metrics import write_json
 from ldm_lessons.pipeline import LatentDiffusion
-from ldm_lessons.recipes.common import attention_for, batch_of, captions, drive, token_table, told, training_pictures
-from ldm_lessons.recipes.unet import SCHEDULER, latents, noised
+from ldm_lessons.recipes.common import (
+    attention_for,
+    batch_of,
+    captions,
+    drive,
+    kept,
+    latents,
+    spoken,
+    token_table,
+    training_pictures,
+)
+from ldm_lessons.recipes.unet import SCHEDULER, noised
 from ldm_lessons.scenes.things import PLACE_X
 from ldm_lessons.text import tokenize
 from ldm_lessons.training import Plan
@@ -39,7 +49,7 @@ def frozen_model(
     model = models.load(data_dir() / "pocket", device, torch.float32)
     with PartialState(cpu=device.type == "cpu").main_process_first():
         source = training_pictures(plan, args.runs)
-        mean, deviation = latents(model.vae, source, args.runs / "unet", device)
+        mean, deviation = latents(model.vae, source, args.runs / "unet")
     return (
         model,
         device,
@@ -68,33 +78,18 @@ def hole(rng: torch.Generator, things: Tensor | None = None, size: int = 128) ->
 
 def masked_latents(model: LatentDiffusion, source: np.ndarray, maps: np.ndarray, folder: Path) -> tuple[Tensor, Tensor]:
     """One hole for each picture, at latent size (N, 1, 16, 16), and the latent of what is left (N, 4, 16, 16)."""
-    from safetensors.torch import load_file, save_file
-    from tqdm.auto import tqdm
+    first, vae = scenes.LABELS.index("house"), model.vae
 
-    path = folder / "masked.safetensors"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        holes, kept = [], []
-        first = scenes.LABELS.index("house")
-        with torch.inference_mode(), tqdm(total=len(source), desc="masking") as bar:
-            for i in range(0, len(source), 64):
-                rows = torch.arange(i, min(i + 64, len(source)))
-                here = torch.from_numpy(maps[i : i + 64] >= first)
-                masks = torch.stack([
-                    hole(training.generator(0, 4, int(r)), m.repeat_interleave(4, 0).repeat_interleave(4, 1))
-                    for r, m in zip(rows, here, strict=True)
-                ])[:, None]  # fmt: skip
-                shown = batch_of(source, rows, model.vae).where(~masks.to(model.device), 0.5)
-                with torch.autocast(model.device.type, torch.bfloat16):
-                    found = model.vae.encode(shown * 2 - 1).mode()
-                kept.append((found.float() * model.vae.config.scaling_factor).half().cpu())
-                holes.append(F.max_pool2d(masks.float(), 8).bool())
-                bar.update(len(rows))
-        aside = path.with_suffix(".part")
-        save_file({"hole": torch.cat(holes), "kept": torch.cat(kept).contiguous()}, aside)
-        os.replace(aside, path)
-    stored = load_file(path)
-    return stored["hole"], stored["kept"]
+    def each(rows: Tensor) -> dict[str, Tensor]:
+        here = torch.from_numpy(maps[rows.numpy()] >= first).repeat_interleave(4, 1).repeat_interleave(4, 2)
+        masks = [hole(training.generator(0, 4, int(r)), m) for r, m in zip(rows, here, strict=True)]
+        masks = torch.stack(masks)[:, None].to(model.device)
+        shown = batch_of(source, rows, vae).where(~masks, 0.5)
+        found = vae.encode(shown * 2 - 1).mode()
+        return {"hole": F.max_pool2d(masks.float(), 8).bool(), "kept": (found * vae.config.scaling_factor).half()}
+
+    found = kept("masked", folder, vae, len(source), each)
+    return found["hole"], found["kept"]
 
 
 def maps_of(plan: Plan, runs: Path) -> np.ndarray:
@@ -113,10 +108,10 @@ def train_inpaint(plan: Plan, args: argparse.Namespace) -> None:
     """The pocket U-Net with five more channels: a mask, and the latent of what is kept (arXiv:2112.10752 section 4.5).
 
     Only its first and last layers and the levels at 16 x 16 are trained. They see the new channels first and the
-    answer last; the rest knows the world already. So 1 MB is kept instead of 21.
+    answer last; the rest knows the world already. So less than 1 MB is kept instead of 22.
     """
     model, device, source, mean, deviation, table = frozen_model(plan, args)
-    holes, kept = masked_latents(model, source, maps_of(plan, args.runs), args.runs / "inpaint")
+    holes, left = masked_latents(model, source, maps_of(plan, args.runs), args.runs / "inpaint")
     unet = UNet(replace(model.unet.config, in_channels=9))
     state = model.unet.state_dict()
     state["conv_in.weight"] = F.pad(state["conv_in.weight"], (0, 0, 0, 0, 0, 5))  # at first it does not look
@@ -128,11 +123,11 @@ def train_inpaint(plan: Plan, args: argparse.Namespace) -> None:
 
     def loss(net: nn.Module, rows: Tensor, rng: torch.Generator, done: float) -> Tensor:
         x0, noise, t = noised(mean[rows], deviation[rows], schedule, rng)
-        new, beside = holes[rows].float(), kept[rows].float()
+        new, beside = holes[rows].float(), left[rows].float()
         x, wanted = torch.cat([schedule.add_noise(x0, noise, t), new, beside], 1), schedule.velocity(x0, noise, t)
         with sdpa_kernel(attention_for(device)):
             with torch.no_grad():
-                text = model.text_encoder(told(table, rows, nothing, 0.1, rng).to(device))
+                text = model.text_encoder(spoken(table, rows, nothing, 0.1, rng).to(device))
             answer = net(x.to(device), t.to(device), text)
         error = (answer.float() - wanted.to(device)).square().mean(1, keepdim=True)
         new = new.to(device)
@@ -217,7 +212,7 @@ def train_controlnet(plan: Plan, args: argparse.Namespace) -> None:
         x, wanted, t = (v.to(device) for v in (schedule.add_noise(x0, noise, t), schedule.velocity(x0, noise, t), t))
         with sdpa_kernel(attention_for(device)):
             with torch.no_grad():
-                text = model.text_encoder(told(table, rows, nothing, CAPTIONS_DROPPED, rng).to(device))
+                text = model.text_encoder(spoken(table, rows, nothing, CAPTIONS_DROPPED, rng).to(device))
             out = frozen(x, t, text, net(x, t, text, painted(rows).to(device)))
         return (out.float() - wanted).square().mean()
 

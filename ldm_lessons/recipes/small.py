@@ -7,6 +7,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from ldm_lessons import cards, checkpoints, data, scenes, schedules, training
 from ldm_lessons.judge import Judge
 from ldm_lessons.machine import data_dir
 from ldm_lessons.metrics import features, frechet_distance, psnr, write_json
-from ldm_lessons.recipes.common import attention_for, batch_of, drive, minutes_at, picture_row
+from ldm_lessons.recipes.common import attention_for, batch_of, drive, latents, minutes_at, picture_row
 from ldm_lessons.recipes.unet import SCHEDULER, noised, target
 from ldm_lessons.recipes.vae import reconstruction_loss
 from ldm_lessons.samplers import SAMPLERS
@@ -238,7 +239,7 @@ def race(plan: Plan, args: argparse.Namespace) -> None:
     result = {"minutes": minutes, "floor": round(floor, 2), "batch": plan.batch, "racers": {}}
     for f, name in RACERS.items():
         vae = None if name is None else load_model(VAE, None, folder / name).float()
-        mean, deviation = _compressed(vae, source)
+        mean, deviation = _compressed(vae, source, args.runs / "race")
         torch.manual_seed(plan.seed)
         unet = small_unet(mean.shape[1], mean.shape[2])
         points, marks, spent, began = [], [minutes * k / 6 for k in range(1, 7)], 0.0, time.perf_counter()
@@ -264,18 +265,12 @@ def race(plan: Plan, args: argparse.Namespace) -> None:
         write_json(folder / "race.json", result)
 
 
-def _compressed(vae: nn.Module | None, source: np.ndarray) -> tuple[Tensor, Tensor]:
+def _compressed(vae: VAE | None, source: np.ndarray, runs: Path) -> tuple[Tensor, Tensor]:
     """What the U-Net of a race learns from: pictures in [-1, 1] or scaled latents, and their deviation; float16."""
     if vae is None:
         pixels = (torch.from_numpy(np.array(source)).float() / 127.5 - 1).half()
         return pixels, torch.zeros(1, 1, 1, 1).half().expand_as(pixels)
-    means, deviations = [], []
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        for i in range(0, len(source), 100):
-            found = vae.encode(batch_of(source, torch.arange(i, min(i + 100, len(source))), vae) * 2 - 1)
-            means.append((found.mean.float() * vae.config.scaling_factor).half())
-            deviations.append(((0.5 * found.logvar.float()).exp() * vae.config.scaling_factor).half())
-    return torch.cat(means), torch.cat(deviations)
+    return latents(vae, source, runs)
 
 
 @torch.inference_mode()

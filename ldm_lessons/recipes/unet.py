@@ -2,12 +2,10 @@
 
 import argparse
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,14 +18,16 @@ from ldm_lessons.metrics import write_json
 from ldm_lessons.pipeline import LatentDiffusion
 from ldm_lessons.recipes.common import (
     attention_for,
-    batch_of,
     captions,
     drive,
+    latents,
     minutes_at,
     picture_row,
+    seen_by_judge,
+    spoken,
     token_table,
-    told,
     training_pictures,
+    usual_and_spread,
 )
 from ldm_lessons.text import TextEncoder, tokenize
 from ldm_lessons.training import Plan
@@ -122,60 +122,6 @@ class Aligned(nn.Module):
         return answer, self.guess(self._tapped)
 
 
-def latents(vae: nn.Module, source: np.ndarray, folder: Path, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every picture's latent, scaled: float16 (N, 4, 16, 16), kept in `folder`."""
-    from safetensors.torch import load_file, save_file
-    from tqdm.auto import tqdm
-
-    path = folder / "latents.safetensors"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        vae, threads = vae.to(device).eval(), torch.get_num_threads()
-        torch.set_num_threads(os.cpu_count() or 1)  # the other processes wait
-        means, deviations = [], []
-        with torch.inference_mode(), tqdm(total=len(source), desc="encoding") as bar:
-            for i in range(0, len(source), 64):
-                rows = torch.arange(i, min(i + 64, len(source)))
-                with torch.autocast(device.type, torch.bfloat16):
-                    found = vae.encode(batch_of(source, rows, vae) * 2 - 1)
-                scale = vae.config.scaling_factor
-                means.append((found.mean.float() * scale).half().cpu())
-                deviations.append(((0.5 * found.logvar.float()).exp() * scale).half().cpu())
-                bar.update(len(rows))
-        torch.set_num_threads(threads)
-        aside = path.with_suffix(".part")
-        save_file({"mean": torch.cat(means).contiguous(), "std": torch.cat(deviations).contiguous()}, aside)
-        os.replace(aside, path)
-    stored = load_file(path)
-    return stored["mean"], stored["std"]
-
-
-def seen_by_judge(source: np.ndarray, folder: Path, device: torch.device) -> np.ndarray:
-    """The judge's layers at 8 x 8 on every picture, each channel at mean 0 and deviation 1: float16 (N, C, 8, 8)."""
-    from tqdm.auto import tqdm
-
-    path = folder / "judge.npy"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        judge, threads = Judge.load().float().to(device).eval(), torch.get_num_threads()
-        torch.set_num_threads(os.cpu_count() or 1)  # the other processes wait
-        parts = []
-        with torch.inference_mode(), tqdm(total=len(source), desc="looking") as bar:
-            for i in range(0, len(source), 64):
-                shown = batch_of(source, torch.arange(i, min(i + 64, len(source))), judge) * 2 - 1
-                with torch.autocast(device.type, torch.bfloat16):
-                    parts.append(judge.body(judge.stem(shown)).half().cpu())
-                bar.update(len(shown))
-        torch.set_num_threads(threads)
-        seen, sample = torch.cat(parts), torch.cat(parts[:64]).float()
-        mean, deviation = sample.mean((0, 2, 3), keepdim=True), sample.std((0, 2, 3), keepdim=True)
-        seen = torch.cat([((p.float() - mean) / (deviation + 1e-3)).half() for p in seen.split(1000)])
-        aside = folder / "judge.part.npy"
-        np.save(aside, seen.numpy())
-        os.replace(aside, path)
-    return np.load(path, mmap_mode="c")
-
-
 def places_of_things(plan: Plan) -> Tensor:
     """Where in its latent each training scene shows a thing or a bird: bool (rows, 1, 16, 16)."""
     first = scenes.LABELS.index("house")
@@ -255,8 +201,10 @@ def make_denoiser(name: str, choices: Choices, plan: Plan, args: argparse.Namesp
     text.to(device)
     with PartialState(cpu=device.type == "cpu").main_process_first():
         source = training_pictures(plan, args.runs)
-        mean, deviation = latents(vae, source, shared, device)
+        mean, deviation = latents(vae.to(device), source, shared)
         seen = seen_by_judge(source, shared, device)
+    usual, spread = usual_and_spread(seen)
+    seen = torch.cat([((part.float() - usual) / spread).half() for part in seen.split(1000)])
     table = token_table(tokenizer, captions(plan))
     nothing = tokenize(tokenizer, "")[0]
     things = places_of_things(plan)
@@ -266,14 +214,14 @@ def make_denoiser(name: str, choices: Choices, plan: Plan, args: argparse.Namesp
 
     def loss(model: nn.Module, rows: Tensor, rng: torch.Generator, done: float) -> dict[str, Tensor]:
         x0, noise, t = noised(mean[rows], deviation[rows], schedule, rng, choices.shift)
-        ids = told(table, rows, nothing, 0.1, rng)
+        ids = spoken(table, rows, nothing, 0.1, rng)
         x_t, wanted = schedule.add_noise(x0, noise, t), target(schedule, choices.prediction, x0, noise, t)
         with sdpa_kernel(attention_for(device)):
             with torch.no_grad():
                 condition = text(ids.to(device))
             answer, guess = model(x_t.to(device), t.to(device), condition)
         error = (answer.float() - wanted.to(device)).square().mean(1, keepdim=True)  # (B, 1, 16, 16)
-        alike = F.cosine_similarity(guess.float(), torch.from_numpy(seen[rows.numpy()]).float().to(device), dim=1)
+        alike = F.cosine_similarity(guess.float(), seen[rows].float().to(device), dim=1)
         if choices.min_snr:
             level = min_snr_weight(schedule, choices, t)
             error = error * level.view(-1, 1, 1, 1).to(device)

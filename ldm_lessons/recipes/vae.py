@@ -59,7 +59,6 @@ def crops_of_detail(pictures: Tensor, rng: torch.Generator, size: int = 64) -> T
 
 def train_vae(plan: Plan, args: argparse.Namespace) -> None:
     """The f=8 VAE, without any downloaded network in its loss; then its scaling factor."""
-
     source = training_pictures(plan, args.runs)
     vae = VAE(VAEConfig.pocket()).to(memory_format=torch.channels_last)
     judge = Judge.load().float().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -102,7 +101,6 @@ def through(vae: nn.Module, judge: nn.Module, held_out: list[scenes.Scene], show
 
     "noise" is the mean PSNR when the scaled latents have noise of that deviation on them.
     """
-
     scale = vae.config.scaling_factor
     latents = torch.cat([vae.encode(x * 2 - 1).mode() * scale for x in shown.split(50)])
 
