@@ -1,6 +1,6 @@
 """Pictures for the notebooks: the course's colours, rows and grids of images, film strips, the map of latent diffusion.
 
-    images   PIL images, arrays (H,W,3) or (H,W), tensors (3,H,W) or (1,H,W); numbers in [0,1], or 0..255 if uint8
+    images   PIL images, figures, arrays (H,W,3) or (H,W), tensors (3,H,W) or (1,H,W); in [0,1], or 0..255 if uint8
     latents  tensors (4,h,w) or (1,4,h,w), about unit variance
 
 Functions return a matplotlib figure that is already closed: end a cell with the call and it is shown once.
@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython.display import HTML
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
 from PIL import Image
@@ -58,6 +59,10 @@ def as_array(image: Any) -> np.ndarray:
     """Any picture as uint8 (H,W,3). Raises ValueError for what is not a picture."""
     if isinstance(image, Image.Image):
         return np.asarray(image.convert("RGB"))
+    if isinstance(image, Figure):
+        canvas = FigureCanvasAgg(image)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3]
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu().float().numpy()
         if image.ndim == 3 and image.shape[0] in (1, 3):

@@ -175,7 +175,7 @@ def test_what_one_net_made_is_not_taken_for_anothers(tmp_path) -> None:
 
     def made_by(net, count):
         each = lambda rows: asked.append(rows) or {"x": rows + net.bias.item()}  # noqa: E731
-        return common.kept("sums", tmp_path, net, count, each)["x"].tolist()
+        return common.made_once("sums", tmp_path, net, count, each)["x"].tolist()
 
     net = torch.nn.Linear(1, 1).requires_grad_(False)
     net.bias.fill_(1)

@@ -161,3 +161,12 @@ def test_every_label_has_a_colour_that_can_be_told_from_the_others() -> None:
     assert len(show.LABEL_COLOURS) == len(scenes.LABELS)
     apart = [np.abs(np.subtract(a, b)).max() for a, b in combinations(show.LABEL_COLOURS, 2)]
     assert min(apart) >= 15, "a painted map could be misread"
+
+
+def test_a_figure_is_a_picture_too() -> None:
+    figure = Figure(figsize=(2, 1), dpi=50, facecolor=(1, 0, 0))
+    shown = show.as_array(figure)
+    assert shown.shape == (50, 100, 3) and (shown == [255, 0, 0]).all()
+    plot = figure.add_axes((0, 0, 1, 1))
+    plot.imshow(np.zeros((2, 2, 3)), aspect="auto")
+    assert (show.as_array(figure) == 0).mean() > 0.5

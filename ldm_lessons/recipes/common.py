@@ -49,7 +49,7 @@ def batch_of(source: np.ndarray, rows: Tensor, like: nn.Module) -> Tensor:
     return (picked.to(where).float() / 255).contiguous(memory_format=torch.channels_last)
 
 
-def kept(
+def made_once(
     what: str, folder: Path, net: nn.Module, count: int, each: Callable[[Tensor], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     """What `each` makes of the first `count` training scenes, 64 rows a call: made once, then read from `folder`.
@@ -92,7 +92,7 @@ def latents(vae: VAE, source: np.ndarray, folder: Path) -> tuple[Tensor, Tensor]
             "std": ((0.5 * found.logvar.float()).exp() * scale).half(),
         }
 
-    found = kept("latents", folder, vae, len(source), each)
+    found = made_once("latents", folder, vae, len(source), each)
     return found["mean"], found["std"]
 
 
@@ -103,7 +103,7 @@ def seen_by_judge(source: np.ndarray, folder: Path, device: torch.device) -> Ten
     def each(rows: Tensor) -> dict[str, Tensor]:
         return {"seen": judge.body(judge.stem(batch_of(source, rows, judge) * 2 - 1)).half()}
 
-    return kept("judge", folder, judge, len(source), each)["seen"]
+    return made_once("judge", folder, judge, len(source), each)["seen"]
 
 
 def usual_and_spread(seen: Tensor) -> tuple[Tensor, Tensor]:

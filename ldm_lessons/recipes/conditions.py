@@ -22,8 +22,8 @@ from ldm_lessons.recipes.common import (
     batch_of,
     captions,
     drive,
-    kept,
     latents,
+    made_once,
     spoken,
     token_table,
     training_pictures,
@@ -88,7 +88,7 @@ def masked_latents(model: LatentDiffusion, source: np.ndarray, maps: np.ndarray,
         found = vae.encode(shown * 2 - 1).mode()
         return {"hole": F.max_pool2d(masks.float(), 8).bool(), "kept": (found * vae.config.scaling_factor).half()}
 
-    found = kept("masked", folder, vae, len(source), each)
+    found = made_once("masked", folder, vae, len(source), each)
     return found["hole"], found["kept"]
 
 

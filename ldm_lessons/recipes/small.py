@@ -48,7 +48,7 @@ def small_unet(channels: int, side: int, widths: tuple[int, ...] = (32, 64, 96))
     ))  # fmt: skip
 
 
-def no_text(x: Tensor) -> Tensor:
+def wordless(x: Tensor) -> Tensor:
     """What stands in the place of a text beside x (B, C, h, w): (B, 1, 32) zeros."""
     return x.new_zeros(len(x), 1, 32)
 
@@ -204,7 +204,7 @@ def denoising_loss(
     device = next(model.parameters()).device
     x, wanted = (v.to(device) for v in (schedule.add_noise(x0, noise, t), target(schedule, prediction, x0, noise, t)))
     with sdpa_kernel(attention_for(device)):
-        answer = model(x, t.to(device), no_text(x))
+        answer = model(x, t.to(device), wordless(x))
     return (answer.float() - wanted).square().mean()
 
 
@@ -220,7 +220,7 @@ def sample_small(
         sampler.set_timesteps(steps)
         x = x.to(unet.conv_in.weight)
         for t in sampler.timesteps:
-            x = sampler.step(unet(x, t, no_text(x)), t, x, return_dict=False)[0]
+            x = sampler.step(unet(x, t, wordless(x)), t, x, return_dict=False)[0]
         made.append(x)
     return torch.cat(made)
 
