@@ -148,8 +148,8 @@ class Captions:
 def train_text(plan: Plan, args: argparse.Namespace) -> None:
     """Tokenizer and text tower of the pocket model, the latter also in a CLIP whose picture tower is yet to be trained.
 
-    The text tower learns beside what the judge's layers see (like arXiv:2111.07991, which locks the picture half). The
-    picture tower of a small CLIP sees too little of small things to teach words about them.
+    The text tower learns beside what the judge's layers see (like arXiv:2111.07991, which locks the picture half).
+    Trained together from nothing, the halves of so small a CLIP never come to agree on places and counts.
     """
     source, texts = training_pictures(plan, args.runs), captions(plan)
     pocket = data_dir() / "pocket"
