@@ -28,11 +28,11 @@ WHAT = {
     "vae-f16": ("`small/vae-f16/`", "f = 16, for 64 × 64 pictures"),
     "pixels": ("`small/pixels/`", "a denoiser of 32 × 32 pictures, early and at the end (lesson 02)"),
 }
-LIMITS = """The models know this one world and its words. Combinations that were kept out of training are obeyed far less
-often than others; small things (stars, rain, windows) come out soft. What the judge misses on drawn pictures
-(the last column) it cannot count in the model's either. Pictures other than 128 × 128 are outside what they were
-trained on. The judge never saw a picture of the model's, but its layers helped to train text tower, VAE and U-Net: what
-it overlooks they may have learnt to overlook. (The VAE's loss looked through an earlier judge, of the same kind.)"""
+LIMITS = """The models know this one world and its words. Combinations that were kept out of training are obeyed far
+less often than others; small things (stars, rain, windows) come out soft. What the judge misses on drawn pictures (the
+last column) it cannot count in the model's either. Pictures other than 128 × 128 are outside what they were trained on.
+The judge never saw a picture of the model's, but its layers helped to train text tower, VAE and U-Net: what it
+overlooks they may have learnt to overlook. (The VAE's loss looked through an earlier judge, of the same kind.)"""
 
 
 def record(name: str, facts: dict) -> None:
