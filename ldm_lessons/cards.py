@@ -18,15 +18,18 @@ from ldm_lessons.scenes import world
 WHAT = {
     "judge": ("`judge/`", "a classifier of scenes, one head an attribute, trained on drawn scenes alone"),
     "text": ("`pocket/text_encoder/`, `pocket/tokenizer/`", "tokenizer and text tower, taught by the judge's layers"),
-    "clip": ("`clip/`", "a small CLIP: that text tower, and a picture tower trained to meet it"),
+    "clip": ("`clip/`", "the picture tower of a small CLIP, trained to meet that text tower"),
     "vae": ("`pocket/vae/`", "f = 8, four latent channels: (3, 128, 128) pictures to (4, 16, 16) latents"),
     "unet": ("`pocket/unet/`", "the denoiser of latents, v-prediction, 10 % of the captions left out"),
     "inpaint": ("`inpaint/`", "what an inpainting U-Net of nine channels has otherwise than the pocket model's"),
-    "controlnet": ("`controlnet/`", "steers the pocket model by a semantic map, painted in colours"),
+    "controlnet": (
+        "`controlnet/`",
+        "steers the pocket model by a painted map; what the U-Net has is not kept twice",
+    ),
     "vae-f4": ("`small/vae-f4/`", "f = 4, for 64 × 64 pictures (lessons 04 and 05)"),
     "vae-f8": ("`small/vae-f8/`", "f = 8, for 64 × 64 pictures"),
     "vae-f16": ("`small/vae-f16/`", "f = 16, for 64 × 64 pictures"),
-    "pixels": ("`small/pixels/`", "a denoiser of 32 × 32 pictures, early and at the end (lesson 02)"),
+    "pixels": ("`small/pixels/`", "a denoiser of 32 × 32 pictures, with samples along its way (lesson 02)"),
 }
 LIMITS = """The models know this one world and its words. Combinations that were kept out of training are obeyed far
 less often than others; small things (stars, rain, windows) come out soft. What the judge misses on drawn pictures (the
@@ -133,7 +136,8 @@ def _scores(found: dict) -> str:
         )
     if "grid" in found:
         parts += [
-            f"How sampler, steps and guidance change it, {found['grid'][0]['count']} prompts in each row:",
+            f"How sampler, steps and guidance change it, {found['grid'][0]['count']} prompts in each row "
+            f"(`python -m ldm_lessons.metrics --grid {found['grid'][0]['count']}`):",
             "\n".join(["| sampler | steps | guidance | objects | all right | seconds |", "|---" * 6 + "|"] + [
                 f"| {r['sampler']} | {r['steps']} | {r['guidance_scale']} | {100 * r['object']:.0f} % | "
                 f"{100 * r['all_right']:.0f} % | {r['seconds']} |" for r in found["grid"]

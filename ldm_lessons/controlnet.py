@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ldm_lessons.unet import DownBlock, MidBlock, TimeEmbedding, UNet, UNetConfig, check_inputs, way_down
 
+SHARED = ("conv_in", "time_embedding", "down_blocks", "mid_block")  # what it begins with is the U-Net's
 _UNET_ALONE = ("sample_size", "out_channels", "up_block_types", "center_input_sample", "time_embedding_type")
 _UNET_ALONE += ("time_cond_proj_dim", "dual_cross_attention", "attention_type")
 
@@ -86,7 +87,7 @@ class ControlNet(nn.Module):
     def from_unet(cls, unet: UNet, **options: Any) -> "ControlNet":
         """A ControlNet for ``unet`` that begins with its weights. ``options`` are `ControlNetConfig`'s."""
         made = cls(ControlNetConfig(replace(unet.config, sample_size=None), **options)).to(unet.conv_in.weight)
-        for part in ("conv_in", "time_embedding", "down_blocks", "mid_block"):
+        for part in SHARED:
             getattr(made, part).load_state_dict(getattr(unet, part).state_dict())
         return made
 

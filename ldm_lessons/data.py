@@ -6,6 +6,7 @@ Columns everywhere: `image` (a `datasets.Image`), `text`. Scenes add `seed`, `me
 
 import functools
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from ldm_lessons import scenes
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from PIL import Image
 
 
 @functools.cache
@@ -126,8 +128,16 @@ def write_preview(folder: Path, count: int = 256) -> Path:
     """Make `preview.parquet` in `folder`: the first `count` validation scenes at 128 × 128 with their maps."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "preview.parquet"
-    scene_dataset("validation", count, maps=True).to_parquet(target)
+    rows = scene_dataset("validation", count, maps=True)
+    rows.map(lambda row: {"image": _smaller(row["image"])}, features=rows.features).to_parquet(target)
     return target
+
+
+def _smaller(picture: "Image.Image") -> dict:
+    """The same pixels in a third less bytes than PNG has, as an `Image` feature takes them."""
+    file = io.BytesIO()
+    picture.save(file, "webp", lossless=True, quality=100, method=6)
+    return {"bytes": file.getvalue(), "path": None}
 
 
 def pictures(seeds: Sequence[int], size: int, folder: Path, processes: int | None = None) -> np.ndarray:

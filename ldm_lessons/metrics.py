@@ -1,7 +1,7 @@
 """How good a model that makes scenes is, in numbers that can be had again:
 
     python -m ldm_lessons.metrics               # the pocket model: data/pocket/scores.json
-    python -m ldm_lessons.metrics --grid 96     # and how guidance, steps and samplers change it
+    python -m ldm_lessons.metrics --grid 96     # adds how guidance, steps and samplers change it
 
 What it measures with are the judge (does the picture show what its prompt says?), the Fréchet distance in the judge's
 features (do all pictures together look like the drawn ones?) and the nearest training scene (is it a copy?).
@@ -82,12 +82,12 @@ def make(
 
 
 def grid(model: Any, judge: Judge, count: int) -> list[dict]:
-    """Guidance by steps, and every sampler at 20 steps: accuracy of everything and of objects, on `count` prompts."""
+    """DPM-Solver++ with every guidance, and the other samplers, all by steps: the judge's word on `count` prompts."""
     from ldm_lessons import samplers
 
     asked, told = _prompts("test", 0, count)
     cells = [("dpmpp_2m", steps, g) for steps in STEPS for g in GUIDANCE]
-    cells += [(name, 20, 5.0) for name in samplers.SAMPLERS if name != "dpmpp_2m"]
+    cells += [(name, steps, 5.0) for name in samplers.SAMPLERS if name != "dpmpp_2m" for steps in STEPS]
     rows = []
     for name, steps, g in cells:
         label = f"{name}, {steps} steps, guidance {g}"
@@ -104,15 +104,15 @@ def grid(model: Any, judge: Judge, count: int) -> list[dict]:
 
 
 def judge_model(
-    name: str | Path = "pocket", count: int = 1000, *, steps: int = 20, guidance_scale: float = 5.0, cells: int = 0,
+    name: str | Path = "pocket", count: int = 1000, *, steps: int = 20, guidance_scale: float = 5.0,
     runs: Path = Path("runs"),
 ) -> dict:  # fmt: skip
     """Score a model that makes scenes: pictures of `count` unseen prompts, held to what each prompt says.
 
     "prompts" come from the test split, "paraphrases" say the same scenes in other words, "composition" (a third as
     many) asks for combinations that training never showed. "drawn" is the judge's own accuracy on the drawn test
-    scenes, "vae" the same after encoding and decoding: the ceiling of everything else. `cells` prompts, if any, go into
-    each cell of "grid". Seeds count from 0, so the result can be had again.
+    scenes, "vae" the same after encoding and decoding: the ceiling of everything else. Seeds count from 0, so the
+    result can be had again.
     """
     from ldm_lessons import data, generate, models
 
@@ -146,8 +146,6 @@ def judge_model(
     for key, shown in (("made", made["prompts"]), ("drawn", drawn)):
         apart, _ = nearest(torch.nn.functional.avg_pool2d(shown, 4), trained)
         result["nearest"][key] = {"median": round(apart.median().item(), 4), "least": round(apart.min().item(), 4)}
-    if cells:
-        result["grid"] = grid(model, judge, cells)
     rows = result["prompts"]["attributes"]
     result["readme"] = {key: f"{100 * row['accuracy']:.0f} % of {row['asked']}" for key, row in rows.items()}
     whole = result["prompts"]["all_right"]
@@ -171,6 +169,7 @@ def write_json(path: Path, values: dict) -> None:
 def main(arguments: list[str] | None = None) -> None:
     import argparse
 
+    from ldm_lessons import models
     from ldm_lessons.machine import data_dir
 
     parser = argparse.ArgumentParser(prog="python -m ldm_lessons.metrics", description="Score a model with the judge.")
@@ -178,14 +177,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=1000, help="prompts (default: 1000)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=5.0)
-    parser.add_argument("--grid", type=int, default=0, metavar="N", help="prompts in each cell (default: no grid)")
+    parser.add_argument(
+        "--grid", type=int, default=0, metavar="N", help="only add this: how guidance, steps and samplers change it"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where drawn pictures are kept")
     args = parser.parse_args(arguments)
-    result = judge_model(
-        args.name, args.count, steps=args.steps, guidance_scale=args.guidance_scale, cells=args.grid, runs=args.runs
-    )
+    path = data_dir() / "pocket" / "scores.json"
+    if args.grid:
+        rows = grid(models.load(args.name), Judge.load(), args.grid)
+        print(json.dumps(rows, indent=1))
+        if args.name == "pocket":
+            write_json(path, json.loads(path.read_text()) | {"grid": rows})
+        return
+    result = judge_model(args.name, args.count, steps=args.steps, guidance_scale=args.guidance_scale, runs=args.runs)
     if args.name == "pocket":
-        write_json(data_dir() / "pocket" / "scores.json", result)
+        write_json(path, result)
     print(json.dumps(result["readme"] | {"fid": result["fid"], "nearest": result["nearest"]}, indent=1))
 
 

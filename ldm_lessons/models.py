@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
+from ldm_lessons.clip import CLIP
+from ldm_lessons.controlnet import SHARED, ControlNet
 from ldm_lessons.machine import data_dir, pick_device, pick_dtype
 from ldm_lessons.pipeline import LatentDiffusion
 from ldm_lessons.text import TextEncoder
 from ldm_lessons.unet import UNet
 from ldm_lessons.vae import VAE
-from ldm_lessons.weights import load_model, load_state_dict_strict, read_config, read_safetensors
+from ldm_lessons.weights import CHANGES, load_changes, load_model
 
 POCKET = data_dir() / "pocket"
 INPAINT = data_dir() / "inpaint"
@@ -42,12 +44,9 @@ def load(
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     folder = find(name, revision)
-    if (folder / "changes.safetensors").is_file():  # a U-Net that differs from the pocket model's in a few layers
+    if (folder / CHANGES).is_file():  # a U-Net that differs from the pocket model's in a few layers
         model = load("pocket", device, dtype)
-        state = model.unet.state_dict() | read_safetensors(folder / "changes.safetensors")
-        model.unet = UNet(read_config(UNet, folder))
-        load_state_dict_strict(model.unet, state)
-        model.unet.eval().requires_grad_(False)
+        model.unet = load_changes(UNet, model.unet.state_dict(), folder).requires_grad_(False)
         return model.to(device, dtype)
     if not any((folder / part).exists() for part in ("model_index.json", "unet")):
         raise FileNotFoundError(f"{folder} holds no model in diffusers' format: no model_index.json and no unet.")
@@ -63,6 +62,24 @@ def load(
             known = frozenset(word.lower() for word in (words["words"] if isinstance(words, dict) else words))
     model = LatentDiffusion(_tokenizer(folder), **parts, scheduler_config=scheduler_config, known_words=known)
     return model.to(device, dtype)
+
+
+def load_clip() -> CLIP:
+    """The course's small CLIP, float32 on the CPU: the pocket model's text tower, and a picture tower of its own.
+
+    Raises FileNotFoundError or ValueError, as `weights.load_model`, where a part is missing or damaged.
+    """
+    text = load_model(TextEncoder, None, find("pocket") / "text_encoder").state_dict()
+    return load_changes(CLIP, {f"text_model.{k}": v for k, v in text.items()}, data_dir() / "clip")
+
+
+def load_controlnet(unet: UNet) -> ControlNet:
+    """The course's ControlNet for semantic maps, for the pocket model's `unet`, whose dtype and device it takes.
+
+    Raises FileNotFoundError or ValueError, as `weights.load_model`, where it is missing or damaged.
+    """
+    base = {k: v for k, v in unet.state_dict().items() if k.startswith(SHARED)}
+    return load_changes(ControlNet, base, data_dir() / "controlnet").to(unet.conv_in.weight)
 
 
 def find(name: str | Path, revision: str | None = None) -> Path:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 Model = TypeVar("Model", bound=nn.Module)
+CHANGES = "changes.safetensors"  # of a model that shares the rest with another
 _PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -133,13 +134,43 @@ def save_model(model: nn.Module, folder: str | Path, dtype: torch.dtype | None =
     if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{len(bad)} tensors are not finite in {dtype or 'this precision'} ({_some(bad)}); not saved.")
     file = folder / _file_name(model.config_class)
+    _write({file: save(state, metadata={"format": "pt"}), folder / "config.json": _config_text(model)})
+    return file
+
+
+def save_changes(model: nn.Module, folder: str | Path, base: Mapping[str, Tensor]) -> Path:
+    """Write ``config.json`` and, in half precision, only the tensors that ``base`` has not, or has otherwise.
+
+    Returns the weight file's path, for ``load_changes``; files are written, and errors raised, as by ``save_model``.
+    """
+    state = {name: p.detach().cpu().half().contiguous() for name, p in model.state_dict().items()}
+    state = {k: v for k, v in state.items() if k not in base or not torch.equal(v, base[k].cpu().half())}
+    file = Path(folder) / CHANGES
+    _write({file: save(state, metadata={"format": "pt"}), Path(folder) / "config.json": _config_text(model)})
+    return file
+
+
+def load_changes(cls: type[Model], base: Mapping[str, Tensor], folder: str | Path) -> Model:
+    """Build ``cls`` from ``base`` and what ``save_changes`` put into ``folder``, float32 in ``eval`` mode.
+
+    Errors as ``load_model``.
+    """
+    config = read_config(cls, folder)
+    model = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+    changes = read_safetensors(Path(folder) / CHANGES)
+    try:
+        load_state_dict_strict(model, dict(base) | changes)
+    except ValueError as error:
+        raise ValueError(f"{Path(folder) / CHANGES}: {error}") from None
+    return model.eval()
+
+
+def _config_text(model: nn.Module) -> bytes:
     if hasattr(model.config, "to_diffusers"):
         config = model.config.to_diffusers()
     else:  # diffusers computes in float32 unless asked otherwise; transformers would follow the file without "dtype"
         config = {**model.config.to_transformers(), "dtype": "float32"}
-    text = json.dumps(config, indent=2) + "\n"
-    _write({file: save(state, metadata={"format": "pt"}), folder / "config.json": text.encode()})
-    return file
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _write(contents: Mapping[Path, bytes]) -> None:

@@ -137,12 +137,21 @@ def test_calibration_makes_a_boaster_modest() -> None:
 def test_the_whole_measurement_in_small(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(metrics, "DRAWN", 32)
     monkeypatch.setattr(metrics, "STEPS", (2, 3))
-    found = metrics.judge_model("pocket", 6, steps=2, cells=2, runs=tmp_path)
+    found = metrics.judge_model("pocket", 6, steps=2, runs=tmp_path)
     assert found["prompts"]["all_right"]["asked"] == found["paraphrases"]["all_right"]["asked"] == 6
     assert found["composition"]["all_right"]["asked"] == 2
     assert set(found["fid"]) == {"drawn", "vae", "made"} and 0 <= found["nearest"]["made"]["least"] < 1
+
+
+def test_the_grid_is_put_beside_the_scores(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(metrics, "STEPS", (2, 3))
+    monkeypatch.setenv("LDM_LESSONS_DATA", str(tmp_path))
+    (tmp_path / "judge").symlink_to(models.POCKET.parent / "judge")
+    metrics.write_json(tmp_path / "pocket" / "scores.json", {"count": 7})
+    metrics.main(["--grid", "2"])
+    found = json.loads((tmp_path / "pocket" / "scores.json").read_text())
+    assert found["count"] == 7 and len(found["grid"]) == 2 * (len(metrics.GUIDANCE) + len(samplers.SAMPLERS) - 1)
     assert {row["sampler"] for row in found["grid"]} == set(samplers.SAMPLERS)
-    assert len(found["grid"]) == 2 * len(metrics.GUIDANCE) + len(samplers.SAMPLERS) - 1
 
 
 def test_picture_k_has_seed_k() -> None:
@@ -152,3 +161,16 @@ def test_picture_k_has_seed_k() -> None:
     alone = generate.text_to_image(model, texts[2], num_inference_steps=2, seed=2, progress=False)
     apart = (together[2:] - judging.pictures_to_tensor(alone)).abs().max()
     assert apart <= 1.01 / 255
+
+
+def test_the_shipped_clip_finds_pictures_by_their_sentences() -> None:
+    from ldm_lessons import data
+    from ldm_lessons.text import tokenize
+
+    clip, rows = models.load_clip(), data.preview().select(range(48))
+    tokenizer = models.load("pocket").tokenizer
+    shown = torch.nn.functional.avg_pool2d(judging.pictures_to_tensor(rows["image"]), 2) * 2 - 1
+    with torch.inference_mode():
+        logits = clip(tokenize(tokenizer, list(rows["text"])), shown)
+    found = logits.argmax(0) == torch.arange(48)
+    assert found.float().mean() > 0.9

@@ -81,6 +81,17 @@ def test_an_inpainting_unet_differs_from_the_pocket_one_in_what_was_trained(made
     assert size < 0.15 * (made / "data" / "pocket" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
 
 
+def test_clip_and_controlnet_share_what_they_can(made) -> None:
+    pocket, clip = models.load("pocket", dtype="float32"), models.load_clip()
+    for name, wanted in pocket.text_encoder.state_dict().items():
+        assert torch.equal(clip.text_model.state_dict()[name], wanted)
+    net = models.load_controlnet(pocket.unet)
+    assert torch.equal(net.mid_block.attentions[0].proj_in.weight, pocket.unet.mid_block.attentions[0].proj_in.weight)
+    assert net.controlnet_mid_block.weight.abs().sum() > 0  # it has learnt
+    whole = 2 * sum(p.numel() for p in net.parameters())
+    assert (made / "data" / "controlnet" / "changes.safetensors").stat().st_size < 0.6 * whole
+
+
 def test_holes_leave_something_and_take_something() -> None:
     shares = [conditions.hole(recipes_generator(i)).float().mean().item() for i in range(200)]
     assert 0.005 < min(shares) and max(shares) < 0.99 and 0.1 < sum(shares) / 200 < 0.5
@@ -110,7 +121,7 @@ def test_lesson_02_has_its_recordings(made, monkeypatch) -> None:
     assert len(band["low"]) == 3 and all(a <= b for a, b in zip(band["low"], band["high"], strict=True))
     assert len(json.loads((folder / "kl.json").read_text())) == 3
     assert len(list(folder.glob("*.webp"))) >= 3 + 6
-    found = models.load_model(UNet, None, folder / "pixels" / "last")
+    found = models.load_model(UNet, None, folder / "pixels")
     assert found.config.in_channels == 3 and found.config.sample_size == 32
 
 

@@ -13,7 +13,14 @@ from ldm_lessons.clip import CLIP, CLIPConfig, VisionConfig, VisionEncoder
 from ldm_lessons.text import TextConfig, TextEncoder
 from ldm_lessons.unet import UNet, UNetConfig
 from ldm_lessons.vae import VAE, VAEConfig
-from ldm_lessons.weights import load_model, load_state_dict_strict, save_model
+from ldm_lessons.weights import (
+    load_changes,
+    load_model,
+    load_state_dict_strict,
+    read_safetensors,
+    save_changes,
+    save_model,
+)
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 UNET = UNetConfig(8, 4, 4, ("CrossAttnDownBlock2D", "DownBlock2D"), (16, 32), 1, (2, 4), 4, 32)
@@ -339,3 +346,21 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
     one_sentence(error, "not finite in torch.float16", "decoder.conv_out.bias")
     assert file.read_bytes() == before
     save_model(model, tmp_path, torch.float32)
+
+
+def test_only_what_differs_is_kept_and_the_rest_is_filled_in(tmp_path):
+    base, model = (TextEncoder(TEXT) for _ in range(2))
+    model.load_state_dict(base.state_dict())
+    with torch.no_grad():
+        model.final_layer_norm.weight.add_(0.5)
+    file = save_changes(model, tmp_path, base.state_dict())
+    assert set(read_safetensors(file)) == {"final_layer_norm.weight"}
+    back = load_changes(TextEncoder, base.state_dict(), tmp_path)
+    for name, wanted in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], wanted)
+    other = {k: v for k, v in base.state_dict().items() if k != "final_layer_norm.bias"}
+    with pytest.raises(ValueError, match=r"changes.safetensors: .*missing \(final_layer_norm.bias\)"):
+        load_changes(TextEncoder, other, tmp_path)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="changes.safetensors"):
+        load_changes(TextEncoder, base.state_dict(), tmp_path)

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
-from ldm_lessons import cards, checkpoints, scenes
+from ldm_lessons import cards, checkpoints, models, scenes
 from ldm_lessons.clip import CLIP, VisionConfig
 from ldm_lessons.judge import Judge
 from ldm_lessons.machine import data_dir
@@ -30,7 +30,7 @@ from ldm_lessons.scenes import words
 from ldm_lessons.scenes.world import COLOURS, HELD_OUT_KIND, PLACES, TIMES, Dice
 from ldm_lessons.text import TextConfig, tokenize
 from ldm_lessons.training import Plan
-from ldm_lessons.weights import load_model, save_model
+from ldm_lessons.weights import save_changes, save_model
 
 
 def train_tokenizer(captions: list[str], size: int = 400) -> PreTrainedTokenizerBase:
@@ -177,17 +177,22 @@ def train_text(plan: Plan, args: argparse.Namespace) -> None:
         views = torch.cat([taught.pictures(judge.body(judge.stem(x * 2 - 1))) for x in shown.split(100)])
     facts["validation"] = look_up(clip, tokenizer, held_out, views)
     facts["parameters"] = sum(p.numel() for p in clip.text_model.parameters())
-    save_model(clip, data_dir() / "clip")
     save_model(clip.text_model, pocket / "text_encoder")
+    save_changes(clip, data_dir() / "clip", text_of(clip))
     cards.record("text", facts)
     print(facts["validation"])
+
+
+def text_of(clip: CLIP) -> dict[str, Tensor]:
+    """The tensors of its text tower, which are kept with the pocket model and not a second time."""
+    return {k: v for k, v in clip.state_dict().items() if k.startswith("text_model.")}
 
 
 def train_clip(plan: Plan, args: argparse.Namespace) -> None:
     """The picture tower of the small CLIP, beside the text tower that is there (`train_text`), which stays as it is."""
     source, texts = training_pictures(plan, args.runs), captions(plan)
     tokenizer = CLIPTokenizer.from_pretrained(data_dir() / "pocket" / "tokenizer")
-    there = load_model(CLIP, None, data_dir() / "clip").float()
+    there = models.load_clip()
     clip = CLIP.from_config(there.config).to(memory_format=torch.channels_last)
     clip.text_model, clip.text_projection = (p.requires_grad_(False) for p in (there.text_model, there.text_projection))
     said = Captions(plan, tokenizer, texts)
@@ -204,7 +209,7 @@ def train_clip(plan: Plan, args: argparse.Namespace) -> None:
     with torch.inference_mode():
         views = torch.cat([clip.image_features(F.avg_pool2d(x, 2) * 2 - 1) for x in shown.split(100)])
     facts["validation"] = look_up(clip, tokenizer, held_out, F.normalize(views, dim=1))
-    save_model(clip, data_dir() / "clip")
+    save_changes(clip, data_dir() / "clip", text_of(clip))
     cards.record("clip", facts)
     print(facts["validation"])
 

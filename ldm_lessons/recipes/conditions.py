@@ -4,6 +4,7 @@ import argparse
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from ldm_lessons import cards, checkpoints, data, generate, models, scenes, sche
 from ldm_lessons.controlnet import ControlNet
 from ldm_lessons.judge import Judge, pictures_to_tensor, score
 from ldm_lessons.machine import data_dir
-from ldm_lessons.metrics import write_json
 from ldm_lessons.pipeline import LatentDiffusion
 from ldm_lessons.recipes.common import (
     attention_for,
@@ -33,7 +33,7 @@ from ldm_lessons.scenes.things import PLACE_X
 from ldm_lessons.text import tokenize
 from ldm_lessons.training import Plan
 from ldm_lessons.unet import UNet
-from ldm_lessons.weights import save_model
+from ldm_lessons.weights import save_changes
 
 TRAINED = ("conv_in.", "down_blocks.0.", "up_blocks.2.", "conv_norm_out.", "conv_out.")  # all at 16 x 16
 CAPTIONS_DROPPED = 0.5  # of a ControlNet's: it is to read the map (arXiv:2302.05543 section 3.3)
@@ -137,20 +137,10 @@ def train_inpaint(plan: Plan, args: argparse.Namespace) -> None:
     facts = drive("inpaint", unet, loss, plan, args)
     unet.load_state_dict(checkpoints.ema_weights(args.runs / "inpaint"))
     facts["trained parameters"] = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    save_changes(unet, TRAINED, data_dir() / "inpaint")
+    save_changes(unet, data_dir() / "inpaint", model.unet.state_dict())
     facts["validation"] = judge_inpainting(replace(model, unet=unet.eval()), model, min(256, plan.rows // 16))
     cards.record("inpaint", facts)
     print(facts["validation"])
-
-
-def save_changes(unet: UNet, names: tuple[str, ...], folder: Path) -> None:
-    """Keep the configuration and the tensors whose names begin so, in half precision, for `models.load`."""
-    from safetensors.torch import save_file
-
-    write_json(folder / "config.json", unet.config.to_diffusers())
-    aside = folder / "changes.part"
-    save_file({k: v.half().contiguous() for k, v in unet.state_dict().items() if k.startswith(names)}, aside)
-    os.replace(aside, folder / "changes.safetensors")
 
 
 @torch.no_grad()
@@ -195,10 +185,16 @@ def jump(picture: np.ndarray, mask: np.ndarray) -> float:
 
 
 def train_controlnet(plan: Plan, args: argparse.Namespace) -> None:
-    """A ControlNet (arXiv:2302.05543) that reads a semantic map, painted in the colours of `show.LABEL_COLOURS`."""
+    """A ControlNet (arXiv:2302.05543) that reads a semantic map, painted in the colours of `show.LABEL_COLOURS`.
+
+    Its two coarsest parts, nearly half of it, stay as the U-Net has them, and need not be kept a second time: at 4 x 4
+    there is little left to say about where things are.
+    """
     model, device, _, mean, deviation, table = frozen_model(plan, args)
     maps, colours = torch.from_numpy(maps_of(plan, args.runs)), torch.tensor(show.LABEL_COLOURS).float() / 255
     net = ControlNet.from_unet(model.unet, conditioning_embedding_out_channels=(16, 32, 32, 64))
+    for part in (net.down_blocks[-1], net.mid_block):
+        part.requires_grad_(False)
     frozen = model.unet.requires_grad_(False)
     schedule = schedules.NoiseSchedule.from_config(SCHEDULER)
     nothing = tokenize(model.tokenizer, "")[0]
@@ -218,5 +214,30 @@ def train_controlnet(plan: Plan, args: argparse.Namespace) -> None:
 
     facts = drive("controlnet", net, loss, plan, args)
     net.load_state_dict(checkpoints.ema_weights(args.runs / "controlnet"))
-    save_model(net.eval(), data_dir() / "controlnet")
+    facts["trained parameters"] = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    save_changes(net.eval(), data_dir() / "controlnet", frozen.state_dict())
+    facts["validation"] = judge_control(model, net, min(256, plan.rows // 16))
     cards.record("controlnet", facts)
+    print(facts["validation"])
+
+
+@torch.no_grad()
+def judge_control(model: LatentDiffusion, net: ControlNet, count: int) -> dict:
+    """What the judge sees of `count` painted maps when no word is said: with the ControlNet, and without it."""
+    judge, colours = Judge.load(), torch.tensor(show.LABEL_COLOURS).float() / 255
+    asked = [scenes.sample_scene(i, "test") for i in range(count)]
+    told = [{"ground", "backdrop"} | {f"{o.kind}{x}" for o in s.objects for x in ("", ".place")} for s in asked]
+    maps = torch.stack([torch.from_numpy(scenes.semantic_map(s, 128)).long() for s in asked])
+    found: dict[str, Any] = {"maps": count}
+    for key in ("with the map", "without"):
+        made = []
+        for i in range(0, count, 16):
+            picture = colours[maps[i : i + 16]].permute(0, 3, 1, 2).to(model.device)
+            control = net.on(picture) if key == "with the map" else None
+            nothing = [""] * len(picture)
+            made += generate.text_to_image(
+                model, nothing, guidance_scale=1.0, seed=i, control=control, progress=False
+            )  # fmt: skip
+        seen = score(judge, pictures_to_tensor(made), asked, told)
+        found[key] = {name: round(seen.accuracy(name), 4) for name in ("ground", "backdrop", "object", "place")}
+    return found

@@ -37,7 +37,7 @@ SMALL_VAES = {
 }
 RACERS = {"1": None, "4": "vae-f4", "8": "vae-f8", "16": "vae-f16"}
 DRAWS = 256  # pictures by which a racer is judged
-PIXEL_STAGES = (130, 900, 3000)  # steps after which pixel samples are kept, and at the second the weights
+PIXEL_STAGES = (130, 900, 3000)  # steps after which pixel samples are kept
 
 
 def small_unet(channels: int, side: int, widths: tuple[int, ...] = (32, 64, 96)) -> UNet:
@@ -126,7 +126,7 @@ def compare_kl_weights(plan: Plan, args: argparse.Namespace) -> None:
 
 
 def train_pixels(plan: Plan, args: argparse.Namespace) -> None:
-    """The denoiser of 32 x 32 pictures for lesson 02; weights and rows of samples along the way are kept."""
+    """The denoiser of 32 x 32 pictures for lesson 02; rows of samples along the way are kept, and the last weights."""
     folder = data_dir() / "small" / "pixels"
 
     def watch(progress: training.Progress) -> None:
@@ -134,8 +134,8 @@ def train_pixels(plan: Plan, args: argparse.Namespace) -> None:
             unet = _filled(small_unet(3, 32), progress.ema)
             folder.mkdir(parents=True, exist_ok=True)
             picture_row(_pictures(unet, None, 12)).save(folder / f"step-{progress.step:05}.webp", quality=90, method=6)
-            if progress.step in (PIXEL_STAGES[1], plan.steps):
-                save_model(unet, folder / ("early" if progress.step == PIXEL_STAGES[1] else "last"))
+            if progress.step == plan.steps:
+                save_model(unet, folder)
 
     unet, facts = pixel_denoiser("pixels", "v_prediction", plan, args, watch)
     facts["stages"] = [
