@@ -240,8 +240,12 @@ def test_lesson_00_makes_another_picture(open_notebook):
     assert page.evaluate(STATE)["errors"] == []
 
 
-def test_lesson_01_noises_a_picture_by_slider(open_notebook):
-    page = open_notebook("01_noise_and_denoising.ipynb")
+SLIDERS = {"01_noise_and_denoising": "cosine"}  # a notebook, and the other choice beside its picture's slider
+
+
+@pytest.mark.parametrize("name", SLIDERS)
+def test_a_picture_follows_its_slider_and_its_choice(open_notebook, name):
+    page = open_notebook(f"{name}.ipynb")
     errors = run_all(page)
     assert not errors, "\n".join(errors)
     picture = page.locator("img.picture, .picture img").first
@@ -250,8 +254,8 @@ def test_lesson_01_noises_a_picture_by_slider(open_notebook):
     page.locator(".picture-slider .noUi-handle").first.focus()
     for _ in range(5):
         page.keyboard.press("ArrowRight")
-    wait_until("the picture to get noisier", lambda: pixels(picture) != before, 60)
-    noisier = pixels(picture)
-    page.get_by_text("cosine", exact=True).last.click()
-    wait_until("the picture of another schedule", lambda: pixels(picture) != noisier, 60)
+    wait_until("the slider to change the picture", lambda: pixels(picture) != before, 60)
+    moved = pixels(picture)
+    page.locator(".widget-toggle-button", has_text=SLIDERS[name]).first.click()
+    wait_until("the choice to change the picture", lambda: pixels(picture) != moved, 60)
     assert page.evaluate(STATE)["errors"] == []

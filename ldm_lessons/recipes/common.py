@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ldm_lessons import checkpoints, data, scenes, training
 from ldm_lessons.judge import Judge
+from ldm_lessons.machine import cores
 from ldm_lessons.pipeline import to_pil
 from ldm_lessons.text import tokenize
 from ldm_lessons.training import Plan
@@ -216,4 +217,5 @@ def hardware() -> str:
     """What it runs on, in a few words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{os.cpu_count()} CPU cores"
+    count = cores()
+    return f"{count} CPU core{'s' * (count > 1)}"

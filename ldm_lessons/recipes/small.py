@@ -140,7 +140,7 @@ def train_pixels(plan: Plan, args: argparse.Namespace) -> None:
     unet, facts = pixel_denoiser("pixels", "v_prediction", plan, args, watch)
     facts["stages"] = [
         {"step": step, "minutes": minutes_at(facts["curve"], step)}
-        for step in (*PIXEL_STAGES, plan.steps)
+        for step in sorted({*PIXEL_STAGES, plan.steps})
         if step <= plan.steps
     ]
     cards.record("pixels", facts)
