@@ -322,6 +322,13 @@ def test_comparisons_say_what_differs(got, want, expected):
     assert found == () if expected is None else expected in found[0]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_comparing_with_what_is_not_finite_warns_nobody(odd):
+    assert compare(X, torch.full_like(X, odd)) and compare(torch.full_like(X, odd), X)
+    assert compare(torch.full_like(X, odd), torch.full_like(X, odd)) == ()
+
+
 def test_the_first_differing_value_is_shown():
     got = X.clone()
     got[1, 2] = 9

@@ -44,6 +44,16 @@ def test_every_kind_of_picture_is_the_same_picture(same):
     assert np.array_equal(show.as_array(same), PICTURE)
 
 
+def test_a_jpeg_is_nearly_the_picture_and_smaller_than_a_png():
+    noise = 0.5 + 0.1 * torch.randn(3, 96, 96, generator=torch.Generator().manual_seed(0))
+    grain = torch.nn.functional.avg_pool2d(noise, 3, stride=1)
+    stored = show.as_jpeg(grain)
+    read = np.asarray(Image.open(io.BytesIO(stored.data))).astype(float)
+    assert stored.format == "jpeg" and np.abs(read - show.as_array(grain)).mean() < 5
+    assert len(stored.data) < 0.4 * len(show.png_bytes(grain))
+    assert show.as_jpeg(show.image_row([grain])).data[:2] == b"\xff\xd8"
+
+
 def test_grey_pictures_and_values_out_of_range():
     grey = show.as_array(np.array([[-1.0, 0.5], [2.0, np.nan]]))
     assert grey.shape == (2, 2, 3) and grey[..., 0].tolist() == [[0, 128], [255, 0]]

@@ -46,20 +46,21 @@ def _arrays(got: Any, want: Any, rtol: float, atol: float, where: str) -> Differ
         return ()
     if np.isnan(a).any() and not np.isnan(b).any():
         return (f"{_start(where)} holds {int(np.isnan(a).sum())} values that are not a number (nan).",)
+    finite = np.isfinite(a) & np.isfinite(b)
     at = tuple(int(i) for i in np.argwhere(wrong)[0])
     spot = f" at {list(at)}" if at else ""
     return (
         f"{_start(where)} has the right shape, but {'its value is' if a.size == 1 else 'some values are'} off. "
         + _pattern(a, b, atol),
         f"values off         {int(wrong.sum())} of {wrong.size}",
-        f"largest difference {np.nanmax(np.abs(a - b)):.4g}",
+        f"largest difference {np.abs(a[finite] - b[finite]).max(initial=0.0):.4g}",
         f"first one off{spot}: wanted {b[at]:.6g}, yours {a[at]:.6g}",
     )
 
 
 def _pattern(got: np.ndarray, want: np.ndarray, atol: float) -> str:
     """A sentence for answers that are the right one scaled, shifted or sorted differently; else an empty string."""
-    if got.size < 2:
+    if got.size < 2 or not (np.isfinite(got).all() and np.isfinite(want).all()):
         return ""
     scale = float((got * want).sum() / max((want * want).sum(), 1e-30))
     if np.allclose(got, scale * want, rtol=1e-3, atol=atol) and abs(scale) > 1e-6:
