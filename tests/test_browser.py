@@ -240,7 +240,11 @@ def test_lesson_00_makes_another_picture(open_notebook):
     assert page.evaluate(STATE)["errors"] == []
 
 
-SLIDERS = {"01_noise_and_denoising": "cosine"}  # a notebook, and the other choice beside its picture's slider
+SLIDERS = {  # a notebook, and the other choice beside its picture's slider
+    "01_noise_and_denoising": "cosine",
+    "03_the_price_of_pixels": "pixels",
+    "04_vae": "pixels",
+}
 
 
 @pytest.mark.parametrize("name", SLIDERS)
