@@ -225,6 +225,18 @@ def test_devices(tiny_folder, monkeypatch):
     assert machine.pick_dtype(None, "cuda") == torch.float16 and machine.pick_dtype(None, "cpu") == torch.float32
 
 
+def test_precisions(monkeypatch):
+    monkeypatch.setattr(machine, "_has_cuda", lambda: False)
+    monkeypatch.setattr(machine, "_has_mps", lambda: True)
+    for has, precision in ((True, "bf16"), (False, "no")):
+        monkeypatch.setattr(machine, "_cpu_has_bf16", lambda has=has: has)
+        assert machine.pick_precision("cpu") == precision and machine.pick_precision() == "no"
+    monkeypatch.setattr(machine, "_has_cuda", lambda: True)
+    for capability, precision in (((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        assert machine.pick_precision() == precision
+
+
 def test_dtypes(tiny_folder):
     assert machine.pick_dtype("bf16") == machine.pick_dtype(torch.bfloat16) == torch.bfloat16
     for call in (machine.pick_dtype, lambda name: models.load(tiny_folder, "cpu", name)):
