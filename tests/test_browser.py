@@ -242,6 +242,7 @@ def test_lesson_00_makes_another_picture(open_notebook):
 
 SLIDERS = {  # a notebook, and the other choice beside its picture's slider
     "01_noise_and_denoising": "cosine",
+    "02_pixel_diffusion": "second",
     "03_the_price_of_pixels": "pixels",
     "04_vae": "pixels",
 }

@@ -119,8 +119,8 @@ def test_lesson_02_has_its_recordings(made, monkeypatch) -> None:
     assert set(json.loads((folder / "predictions.json").read_text())) == {"epsilon", "sample", "v_prediction"}
     band = json.loads((folder / "band.json").read_text())
     assert len(band["low"]) == 3 and all(a <= b for a, b in zip(band["low"], band["high"], strict=True))
-    assert len(json.loads((folder / "kl.json").read_text())) == 3
-    assert len(list(folder.glob("*.webp"))) >= 3 + 6
+    assert len(json.loads((folder / "kl.json").read_text())) == 4
+    assert len(list(folder.glob("*.webp"))) >= 3 + 8
     found = models.load_model(UNet, None, folder / "pixels")
     assert found.config.in_channels == 3 and found.config.sample_size == 32
 

@@ -98,13 +98,13 @@ def _looked_at(judge: Judge, pictures: Tensor) -> Tensor:
 
 
 def compare_kl_weights(plan: Plan, args: argparse.Namespace) -> None:
-    """The f=8 VAE with three weights of the KL term: `data/small/kl.json`, and for each two rows of pictures.
+    """The f=8 VAE with four weights of the KL term: `data/small/kl.json`, and for each two rows of pictures.
 
     The rows are drawn pictures through it, and what its decoder makes of plain Gaussian noise.
     """
     folder, result = data_dir() / "small", {}
     folder.mkdir(parents=True, exist_ok=True)
-    for weight in (0.0, 1e-3, 0.3):
+    for weight in (0.0, 1e-3, 0.3, 3.0):
         vae, facts = small_vae(f"kl-{weight}", SMALL_VAES["vae-f8"], weight, plan, args)
         shown = _held_out(args, 200)
         with torch.inference_mode():
