@@ -130,10 +130,7 @@ def save_model(model: nn.Module, folder: str | Path, dtype: torch.dtype | None =
     stay whole. Raises ValueError for weights that are not finite in ``dtype``, OSError where the disk refuses.
     """
     model, folder = getattr(model, "_orig_mod", model), Path(folder)  # _orig_mod: what torch.compile wraps
-    state = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.state_dict().items()}
-    if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{len(bad)} tensors are not finite in {dtype or 'this precision'} ({_some(bad)}); not saved.")
-    file = folder / _file_name(model.config_class)
+    state, file = _finite(model, dtype), folder / _file_name(model.config_class)
     _write({file: save(state, metadata={"format": "pt"}), folder / "config.json": _config_text(model)})
     return file
 
@@ -143,7 +140,7 @@ def save_changes(model: nn.Module, folder: str | Path, base: Mapping[str, Tensor
 
     Returns the weight file's path, for ``load_changes``; files are written, and errors raised, as by ``save_model``.
     """
-    state = {name: p.detach().cpu().half().contiguous() for name, p in model.state_dict().items()}
+    state = _finite(model, torch.float16)
     state = {k: v for k, v in state.items() if k not in base or not torch.equal(v, base[k].cpu().half())}
     file = Path(folder) / CHANGES
     _write({file: save(state, metadata={"format": "pt"}), Path(folder) / "config.json": _config_text(model)})
@@ -163,6 +160,13 @@ def load_changes(cls: type[Model], base: Mapping[str, Tensor], folder: str | Pat
     except ValueError as error:
         raise ValueError(f"{Path(folder) / CHANGES}: {error}") from None
     return model.eval()
+
+
+def _finite(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    state = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.state_dict().items()}
+    if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{len(bad)} tensors are not finite in {dtype or 'this precision'} ({_some(bad)}); not saved.")
+    return state
 
 
 def _config_text(model: nn.Module) -> bytes:

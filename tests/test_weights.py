@@ -361,6 +361,9 @@ def test_only_what_differs_is_kept_and_the_rest_is_filled_in(tmp_path):
     other = {k: v for k, v in base.state_dict().items() if k != "final_layer_norm.bias"}
     with pytest.raises(ValueError, match=r"changes.safetensors: .*missing \(final_layer_norm.bias\)"):
         load_changes(TextEncoder, other, tmp_path)
+    model.final_layer_norm.weight.data.fill_(1e6)
+    with pytest.raises(ValueError, match="1 tensors are not finite in torch.float16"):
+        save_changes(model, tmp_path, base.state_dict())
     file.unlink()
     with pytest.raises(FileNotFoundError, match="changes.safetensors"):
         load_changes(TextEncoder, base.state_dict(), tmp_path)

@@ -187,8 +187,7 @@ def jump(picture: np.ndarray, mask: np.ndarray) -> float:
 def train_controlnet(plan: Plan, args: argparse.Namespace) -> None:
     """A ControlNet (arXiv:2302.05543) that reads a semantic map, painted in the colours of `show.LABEL_COLOURS`.
 
-    Its two coarsest parts, nearly half of it, stay as the U-Net has them, and need not be kept a second time: at 4 x 4
-    there is little left to say about where things are.
+    Its two parts at 4 x 4 stay as the U-Net has them: they are most of its weights, and need not be kept a second time.
     """
     model, device, _, mean, deviation, table = frozen_model(plan, args)
     maps, colours = torch.from_numpy(maps_of(plan, args.runs)), torch.tensor(show.LABEL_COLOURS).float() / 255
