@@ -23,6 +23,7 @@ class PromptBox(ipywidgets.HBox):
     `make(prompt, seed, on_step)` returns a picture (anything that `show.as_array` takes) and calls `on_step(step)`
     after each of its `steps` steps. The picture is made anew on Enter, when the slider is let go, and by the button;
     pressed with nothing changed, the button goes on to the next seed. Errors and warnings are shown as sentences.
+    With a `canvas`, a `painter.Painter` that `make` reads, the picture is made anew after strokes on it, too.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class PromptBox(ipywidgets.HBox):
         steps: int,
         max_seed: int = 99,
         scale: int = 2,
+        canvas: ipywidgets.DOMWidget | None = None,
     ):
         wide = ipywidgets.Layout(width="98%")
         self.make, self.scale = make, scale
@@ -52,14 +54,15 @@ class PromptBox(ipywidgets.HBox):
             (self.message, "widget-message"),
         ):
             part.add_class(name)
-        left = ipywidgets.VBox(
-            [self.text, self.seed, self.button, self.progress, self.message], layout=ipywidgets.Layout(width="60%")
-        )
+        parts = [self.text, self.seed, self.button, self.progress, self.message]
+        left = ipywidgets.VBox(parts if canvas is None else [canvas, *parts], layout=ipywidgets.Layout(width="60%"))
         super().__init__([left, self.picture], layout=ipywidgets.Layout(align_items="flex-start"))
         self._made: tuple[str, int] | None = None  # what the picture on show was made from
         self._finished = 0.0
         self.text.observe(self._changed, "value")
         self.seed.observe(self._changed, "value")
+        if canvas is not None:
+            canvas.observe(self._changed, "data")
         self.button.on_click(self._clicked)
         self.refresh()
 

@@ -232,6 +232,57 @@ def test_the_helpers_see_errors_and_pictures(open_notebook, lab):
         use_the_widget(page, "nobody listens", 2)
 
 
+PAINTED = """\
+import numpy as np
+from ldm_lessons import widgets
+from ldm_lessons.painter import Painter
+
+labels = {"sky": (0, 0, 255), "grass": (0, 255, 0), "water": (0, 255, 255)}
+painter = Painter(labels, np.zeros((32, 32)), offered=["grass", "water"])
+make = lambda prompt, seed, on_step: np.array([labels[name] for name in labels], np.uint8)[painter.value]
+widgets.PromptBox(make, "a", seed=0, steps=1, canvas=painter)"""
+ASKED = """\
+seen = painter.value
+assert seen[28:].min() == seen[28:].max() == 1, seen
+assert seen[8, 4:28].min() == seen[8, 4:28].max() == 2, seen
+assert seen[16].max() == 0, seen"""
+
+
+def test_what_the_mouse_paints_is_read_in_python_and_becomes_a_picture(open_notebook, lab):
+    write_notebook(lab[1], "paint.ipynb", PAINTED)
+    page = open_notebook("paint.ipynb")
+    assert run_all(page) == []
+    picture, canvas = page.locator("img.picture, .picture img").first, page.locator(".painter-canvas")
+    before, box = pixels(picture), canvas.bounding_box()
+
+    def cell(column: float, row: float) -> tuple[float, float]:
+        return box["x"] + (column + 0.5) * box["width"] / 32, box["y"] + (row + 0.5) * box["height"] / 32
+
+    def stroke(row: float, first: float, last: float) -> None:
+        page.mouse.move(*cell(first, row))
+        page.mouse.down()
+        page.mouse.move(*cell(last, row), steps=3)
+        page.mouse.up()
+
+    stroke(24, 0, 31)  # a bank of grass, and what lies below it filled
+    page.locator(".painter-fill").check()
+    page.mouse.click(*cell(16, 30))
+    page.locator(".painter-fill").uncheck()
+    page.locator(".painter-label", has_text="water").click()
+    stroke(8, 2, 29)
+    wait_until("the painted picture", lambda: pixels(picture) != before, 20)
+    stroke(16, 2, 29)
+    page.locator(".painter-undo").click()
+    page.wait_for_timeout(2000)  # longer than the canvas waits for the next stroke
+    page.evaluate(
+        "code => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel"
+        ".requestExecute({code: code}).done.then(reply => { window.answer = reply.content; })",
+        ASKED,
+    )
+    answer = wait_until("the kernel's answer", lambda: page.evaluate("() => window.answer"), 20)
+    assert answer["status"] == "ok", answer
+
+
 def test_lesson_00_makes_another_picture(open_notebook):
     page = open_notebook("00_start_here.ipynb")
     errors = run_all(page)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ldm_lessons import schedules, show, widgets
+from ldm_lessons.painter import Painter
 from ldm_lessons.schedules import NoiseSchedule
 
 
@@ -124,3 +125,40 @@ def test_a_noise_slider_shows_what_add_noise_gives():
     box.choice.value = "cosine"
     assert box.picture.value == expected("cosine", 700)
     assert box.slider.max == 999
+
+
+LABELS = {"sky": (0, 0, 255), "grass": (0, 255, 0), "clear": (0, 0, 0, 0)}
+
+
+def test_a_painter_holds_a_map_and_says_what_does_not_fit():
+    start = np.arange(16).reshape(4, 4) % 3
+    painter = Painter(LABELS, start, background=np.zeros((4, 4, 3), np.uint8), offered=["grass"])
+    assert (painter.value == start).all() and painter.value.dtype == np.uint8
+    assert painter.colours == [[0, 0, 255, 255], [0, 255, 0, 255], [0, 0, 0, 0]]
+    assert painter.offered == [1] and painter.label == 1 and painter.background.startswith("data:image/png;base64,")
+    painter.value = start.T
+    assert (painter.value == start.T).all()
+    with pytest.raises(ValueError, match=r"shape \(2, 2\): this painter's has \(4, 4\)"):
+        painter.value = np.zeros((2, 2))
+    with pytest.raises(ValueError, match="numbers up to 3: there are 3 labels"):
+        painter.value = np.full((4, 4), 3)
+    assert (painter.value == start.T).all()
+    with pytest.raises(ValueError, match="a square of labels"):
+        Painter(LABELS, np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="'sea' is offered but is none of the labels: sky, grass, clear"):
+        Painter(LABELS, start, offered=["sea"])
+
+
+def test_a_stroke_makes_a_new_picture(monkeypatch):
+    monkeypatch.setattr(widgets, "_ECHO", -1.0)
+    painter = Painter(LABELS, np.zeros((4, 4)))
+
+    def make(prompt, seed, on_step):
+        return np.full((8, 8, 3), painter.value.sum(), np.uint8)
+
+    box = widgets.PromptBox(make, "a", seed=0, steps=1, canvas=painter)
+    assert colour(box) == (0, 0, 0)
+    painter.value = np.eye(4)  # as the page does after a stroke: `data` changes
+    assert colour(box) == (4, 4, 4)
+    box.button.click()
+    assert box.seed.value == 1
