@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from ldm_lessons import hub
 from ldm_lessons.clip import CLIP
 from ldm_lessons.controlnet import SHARED, ControlNet
-from ldm_lessons.machine import data_dir, pick_device, pick_dtype
+from ldm_lessons.machine import data_dir, memory_gb, pick_device, pick_dtype
 from ldm_lessons.pipeline import LatentDiffusion
 from ldm_lessons.text import TextEncoder
 from ldm_lessons.unet import UNet
@@ -23,23 +24,19 @@ from ldm_lessons.weights import CHANGES, load_changes, load_model
 
 POCKET = data_dir() / "pocket"
 INPAINT = data_dir() / "inpaint"
+WORKING_GB = 1.5  # beside weights: the decoder holds 0.4 for 512 x 512 in half precision, the GPU's libraries the rest
 MODELS: dict[str, Path] = {"pocket": POCKET} | ({"pocket-inpaint": INPAINT} if INPAINT.is_dir() else {})
-FILES = (
-    "scheduler/scheduler_config.json", "tokenizer/*.json", "tokenizer/*.txt", "*/config.json", "known_words.json",
-    "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-    "text_encoder/model.safetensors",
-)  # fmt: skip
 
 
 def load(
     name: str | Path = "pocket", device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
     revision: str | None = None,
 ) -> LatentDiffusion:  # fmt: skip
-    """A whole model, ready to make pictures, by the name of one of `MODELS`, a folder, or a hub name "org/name".
+    """A whole model, ready to make pictures: one of `MODELS` or of `hub.SOURCES`, a folder, or a hub name "org/name".
 
     `revision` pins a version on the hub. The default device and dtype are those of machine.py. Raises ValueError for a
-    name, device or dtype that is not known, FileNotFoundError for a part that is missing, and RuntimeError for a hub
-    that does not answer or weights that do not fit.
+    name, device or dtype that is not known, FileNotFoundError for a part that is missing, OSError for a full disk, and
+    RuntimeError for a hub that does not answer or weights that do not fit.
     """
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
@@ -47,6 +44,7 @@ def load(
     if (folder / CHANGES).is_file():  # a U-Net that differs from the pocket model's in a few layers
         model = load("pocket", device, dtype)
         model.unet = load_changes(UNet, model.unet.state_dict(), folder).requires_grad_(False)
+        model.name = str(name)
         return model.to(device, dtype)
     if not any((folder / part).exists() for part in ("model_index.json", "unet")):
         raise FileNotFoundError(f"{folder} holds no model in diffusers' format: no model_index.json and no unet.")
@@ -60,8 +58,44 @@ def load(
         if (folder / file).is_file():
             words = _json(folder, file)
             known = frozenset(word.lower() for word in (words["words"] if isinstance(words, dict) else words))
+    found = sum(p.numel() for part in parts.values() for p in part.parameters())
+    if name in hub.SOURCES and found != hub.SOURCES[name].parameters:
+        raise RuntimeError(
+            f"what was fetched as {name} has {found:,} parameters instead of {hub.SOURCES[name].parameters:,}: it is "
+            "another model; report it, and take the pocket model, load('pocket')."
+        )
     model = LatentDiffusion(_tokenizer(folder), **parts, scheduler_config=scheduler_config, known_words=known)
+    model.name = str(name)
     return model.to(device, dtype)
+
+
+def load_or_pocket(name: str, device: str | torch.device | None = None) -> LatentDiffusion:
+    """The model of that name; or the pocket model, and a printed sentence that says why not the other.
+
+    Real Stable Diffusion is left out where there is no GPU, or too little memory on it, or where its weights cannot be
+    had. The model's `name` says which one it is. Raises ValueError for a name or device that is not known.
+    """
+    device = pick_device(device)
+    problem = _too_much(name, device) if name in hub.SOURCES else None
+    if problem is None:
+        try:
+            return load(name, device)
+        except (OSError, RuntimeError) as error:
+            problem = str(error)
+    print(f"{problem}\nThe pocket model stands in for {name}: all pictures below are its.")
+    return load("pocket", device)
+
+
+def _too_much(name: str, device: torch.device) -> str | None:
+    """Why a model of the hub is too large for this machine, with the numbers, or None."""
+    needed = hub.SOURCES[name].parameters * pick_dtype(None, device).itemsize / 1e9 + WORKING_GB
+    if device.type == "cpu":
+        return f"{name} wants a GPU with {needed:.1f} GB of free memory, and there is none here."
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] / 1e9
+    else:
+        free = memory_gb() * 2**30 / 1e9
+    return None if free >= needed else f"{name} needs {needed:.1f} GB on the GPU, but only {free:.1f} GB are free."
 
 
 def load_clip() -> CLIP:
@@ -94,32 +128,16 @@ def find(name: str | Path, revision: str | None = None) -> Path:
         return MODELS[text]
     if text and folder.is_dir():
         return folder
+    if text in hub.SOURCES and not isinstance(name, Path):
+        return hub.fetch(text, revision)
     if isinstance(name, Path) or re.match(r"[.~/\\]|\w:", text) or (folder.parts and Path(folder.parts[0]).is_dir()):
         raise FileNotFoundError(f"there is no model folder {text!r}: give one, or the name {' or '.join(MODELS)}.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
         raise ValueError(
-            f"unknown model {text!r}: choose {' or '.join(MODELS)}, a folder in diffusers' format, or a name on the "
-            "hub, such as 'org/name'."
+            f"unknown model {text!r}: choose {', '.join([*MODELS, *hub.SOURCES])}, a folder in diffusers' format, or a "
+            "name on the hub, such as 'org/name'."
         )
-    return _from_hub(text, revision)
-
-
-def _from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import errors, snapshot_download
-
-    none = f"there is no folder {name!r} here, and"
-    instead = "or take the pocket model, load('pocket'), which needs no network."
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
-    except errors.GatedRepoError:
-        problem = f"the model {name} asks for your consent: give it on its page of huggingface.co and log in, {instead}"
-    except errors.RepositoryNotFoundError:
-        problem = f"{none} the hub has no public model of that name: check its spelling, {instead}"
-    except errors.RevisionNotFoundError:
-        problem = f"the model {name} has no revision {revision!r}: leave `revision` out, {instead}"
-    except Exception as error:  # many libraries lie below: a reader needs one sentence, not their tracebacks
-        problem = f"{none} the hub does not answer ({type(error).__name__}): check the network, {instead}"
-    raise RuntimeError(problem)
+    return hub.fetch(text, revision)
 
 
 def _tokenizer(folder: Path) -> Any:

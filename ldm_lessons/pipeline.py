@@ -30,7 +30,7 @@ from ldm_lessons.vae import VAE
 
 @dataclass
 class LatentDiffusion:
-    """The parts of a Stable Diffusion, and the words that its text encoder was trained on, where those are known."""
+    """The parts of a Stable Diffusion, the words that its text encoder was trained on, where known, and its name."""
 
     tokenizer: Any
     text_encoder: TextEncoder
@@ -38,6 +38,7 @@ class LatentDiffusion:
     vae: VAE
     scheduler_config: dict[str, Any]
     known_words: frozenset[str] | None = None
+    name: str = ""
 
     @property
     def device(self) -> torch.device:

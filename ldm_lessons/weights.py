@@ -215,6 +215,9 @@ def _file_name(config_class: type) -> str:
 def _weight_file(path: Path, name: str) -> Path:
     if not path.is_dir():
         return path
+    half = path / name.replace(".safetensors", ".fp16.safetensors")  # as the hub calls half precision
+    if half.is_file() and not (path / name).is_file():
+        return half
     if not (path / name).is_file() and (pickles := sorted(p.name for p in path.iterdir() if p.suffix in _PICKLES)):
         return path / pickles[0]  # read_safetensors says why not
     return path / name

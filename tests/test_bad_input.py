@@ -358,7 +358,7 @@ def test_damaged_model_folders(tiny_folder, tmp_path, file, damage, words):
 
 
 def test_names_that_lead_nowhere(tmp_path, monkeypatch):
-    refused(ValueError, "unknown model 'poket': choose pocket, a folder", models.load, "poket")
+    refused(ValueError, "sd15, sd15-inpaint, a folder in diffusers' format, or a name on the hub", models.load, "poket")
     refused(ValueError, "unknown model 'a/b/c'", models.load, "a/b/c")
     refused(ValueError, "unknown model ''", models.load, "")
     (tmp_path / "here").mkdir()
