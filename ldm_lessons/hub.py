@@ -60,11 +60,20 @@ def fetch(name: str, revision: str | None = None) -> Path:
     """
     if name not in SOURCES:
         return _fetched(name, revision)
+    _enough_disk(name, SOURCES[name])
+    return _from_mirrors(name, revision)
+
+
+def words(name: str) -> Path:
+    """A folder with the tokenizer and all settings of a model of `SOURCES`, a megabyte or two; errors as `fetch`."""
+    return _from_mirrors(name, None, weights=False)
+
+
+def _from_mirrors(name: str, revision: str | None, weights: bool = True) -> Path:
     source, problems = SOURCES[name], {}
-    _enough_disk(name, source)
     for mirror, pinned in source.mirrors:
         try:
-            return _fetched(mirror, revision or pinned)
+            return _fetched(mirror, revision or pinned, weights)
         except _NotFetchedError as error:
             problems[mirror] = error.kind
     raise RuntimeError(
@@ -77,15 +86,15 @@ class _NotFetchedError(RuntimeError):
     kind: str
 
 
-def _fetched(name: str, revision: str | None) -> Path:
+def _fetched(name: str, revision: str | None, weights: bool = True) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     none = f"there is no folder {name!r} here, and"
     try:
         for suffix in (".fp16.safetensors", ".safetensors"):
-            files = [*WORDS, *(part + suffix for part in WEIGHTS)]
+            files = [*WORDS, *(part + suffix for part in WEIGHTS if weights)]
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=files))
-            if all(any(folder.glob(f"{part}*.safetensors")) for part in WEIGHTS):
+            if not weights or all(any(folder.glob(f"{part}*.safetensors")) for part in WEIGHTS):
                 break  # else it has none in half precision
         return folder
     except errors.GatedRepoError as error:

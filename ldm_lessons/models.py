@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,16 @@ from ldm_lessons.clip import CLIP
 from ldm_lessons.controlnet import SHARED, ControlNet
 from ldm_lessons.machine import data_dir, memory_gb, pick_device, pick_dtype
 from ldm_lessons.pipeline import LatentDiffusion
-from ldm_lessons.text import TextEncoder
-from ldm_lessons.unet import UNet
-from ldm_lessons.vae import VAE
-from ldm_lessons.weights import CHANGES, load_changes, load_model
+from ldm_lessons.text import TextConfig, TextEncoder
+from ldm_lessons.unet import UNet, UNetConfig
+from ldm_lessons.vae import VAE, VAEConfig
+from ldm_lessons.weights import CHANGES, build, load_changes, load_model, read_safetensors
 
 POCKET = data_dir() / "pocket"
 INPAINT = data_dir() / "inpaint"
 WORKING_GB = 1.5  # beside weights: the decoder holds 0.4 for 512 x 512 in half precision, the GPU's libraries the rest
+PARTS: dict[str, Any] = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
+SD15: dict[str, Any] = {"unet": UNetConfig.sd15(), "vae": VAEConfig.sd15(), "text_encoder": TextConfig.sd15()}
 MODELS: dict[str, Path] = {"pocket": POCKET} | ({"pocket-inpaint": INPAINT} if INPAINT.is_dir() else {})
 
 
@@ -34,9 +38,10 @@ def load(
 ) -> LatentDiffusion:  # fmt: skip
     """A whole model, ready to make pictures: one of `MODELS` or of `hub.SOURCES`, a folder, or a hub name "org/name".
 
-    `revision` pins a version on the hub. The default device and dtype are those of machine.py. Raises ValueError for a
-    name, device or dtype that is not known, FileNotFoundError for a part that is missing, OSError for a full disk, and
-    RuntimeError for a hub that does not answer or weights that do not fit.
+    A `.safetensors` file is taken for Stable Diffusion 1.x as it was first published, all parts in one. `revision` pins
+    a version on the hub. The default device and dtype are those of machine.py. Raises ValueError for a name, device or
+    dtype that is not known, FileNotFoundError for a part that is missing, OSError for a full disk, and RuntimeError for
+    a hub that does not answer or weights that do not fit.
     """
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
@@ -46,10 +51,12 @@ def load(
         model.unet = load_changes(UNet, model.unet.state_dict(), folder).requires_grad_(False)
         model.name = str(name)
         return model.to(device, dtype)
-    if not any((folder / part).exists() for part in ("model_index.json", "unet")):
+    if folder.is_file():
+        parts, folder = _from_file(folder, device, dtype), hub.words("sd15")
+    elif not any((folder / part).exists() for part in ("model_index.json", "unet")):
         raise FileNotFoundError(f"{folder} holds no model in diffusers' format: no model_index.json and no unet.")
-    classes = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
-    parts = {part: load_model(cls, None, folder / part, dtype=dtype, device=device) for part, cls in classes.items()}
+    else:
+        parts = {part: load_model(cls, None, folder / part, dtype=dtype, device=device) for part, cls in PARTS.items()}
     for part in parts.values():
         part.requires_grad_(False)
     scheduler_config = _json(folder, "scheduler/scheduler_config.json")
@@ -64,9 +71,39 @@ def load(
             f"what was fetched as {name} has {found:,} parameters instead of {hub.SOURCES[name].parameters:,}: it is "
             "another model; report it, and take the pocket model, load('pocket')."
         )
-    model = LatentDiffusion(_tokenizer(folder), **parts, scheduler_config=scheduler_config, known_words=known)
-    model.name = str(name)
-    return model.to(device, dtype)
+    return LatentDiffusion(
+        _tokenizer(folder), **parts, scheduler_config=scheduler_config, known_words=known, name=str(name)
+    ).to(device, dtype)
+
+
+def _from_file(file: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The parts of a Stable Diffusion 1.x in its first publication's one file; diffusers knows the old names."""
+    import diffusers
+
+    state = read_safetensors(file)
+    first, prefix = state.get("model.diffusion_model.input_blocks.0.0.weight"), "cond_stage_model.transformer."
+    if first is None or not any(name.startswith(prefix) for name in state):
+        raise ValueError(
+            f"{file} is no whole Stable Diffusion 1.x: give such a file, or a folder in diffusers' format."
+        )
+    configs = {**SD15, "unet": replace(SD15["unet"], in_channels=first.shape[1])}
+    found: dict[str, Any] = {
+        "text_encoder": {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    }
+    part, problem = "unet", ""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for part, cls in {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}.items():
+                (Path(folder) / part).mkdir()
+                (Path(folder) / part / "config.json").write_text(json.dumps(configs[part].to_diffusers()))
+                theirs = cls.from_single_file(dict(state), config=folder, subfolder=part, local_files_only=True)
+                found[part] = theirs.state_dict()
+        for part, cls in PARTS.items():
+            found[part] = build(cls, configs[part], found[part]).to(device, dtype)
+        return found
+    except (KeyError, NotImplementedError, RuntimeError, ValueError) as error:
+        problem = " ".join(str(error).split())
+    raise ValueError(f"{file}: its {part} is not that of a Stable Diffusion 1.x, or not whole ({problem}).")
 
 
 def load_or_pocket(name: str, device: str | torch.device | None = None) -> LatentDiffusion:
@@ -117,7 +154,7 @@ def load_controlnet(unet: UNet) -> ControlNet:
 
 
 def find(name: str | Path, revision: str | None = None) -> Path:
-    """The folder of that model, fetched from the hub if it is there; errors as in `load`."""
+    """The folder, or file, of that model, fetched from the hub if it is there; errors as in `load`."""
     text, folder = str(name), Path(name).expanduser()
     if text in MODELS:
         if not MODELS[text].is_dir():
@@ -126,7 +163,7 @@ def find(name: str | Path, revision: str | None = None) -> Path:
                 "folder, or set LDM_LESSONS_DATA to the folder that holds it."
             )
         return MODELS[text]
-    if text and folder.is_dir():
+    if text and (folder.is_dir() or (folder.suffix == ".safetensors" and folder.is_file())):
         return folder
     if text in hub.SOURCES and not isinstance(name, Path):
         return hub.fetch(text, revision)

@@ -42,14 +42,22 @@ def load_model(
     state = {name: tensor.to(device, dtype) for name, tensor in read_safetensors(file).items()}
     config = read_config(cls, file.parent) if config is None else config
     try:
+        return build(cls, config, state)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def build(cls: type[Model], config: Any, state: Mapping[str, Tensor]) -> Model:
+    """``cls`` of that configuration, in ``eval`` mode, made of the tensors of ``state`` themselves.
+
+    Raises ValueError for a configuration or weights that do not fit.
+    """
+    try:
         with torch.device("meta"), _NoInitialWeights():  # they would be replaced at once
             model = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"No {cls.__name__} can be built from {config} ({_short(error)}).") from None
-    try:
-        load_state_dict_strict(model, state, assign=True)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+    load_state_dict_strict(model, state, assign=True)
     return model.eval()
 
 

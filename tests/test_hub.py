@@ -3,12 +3,14 @@
 import hashlib
 import http.server
 import json
+import re
 import shutil
 import threading
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ldm_lessons import hub, models
 from ldm_lessons.unet import UNet
@@ -188,3 +190,82 @@ def test_the_registry_counts_right(name):
 def test_the_table_of_sources_is_pinned():
     for source in hub.SOURCES.values():
         assert all(len(revision) == 40 and set(revision) <= set("0123456789abcdef") for _, revision in source.mirrors)
+
+
+def first_names(unet: dict, vae: dict, text: dict, layers: int, ups: int) -> dict:
+    """State dicts of diffusers' names under those of Stable Diffusion's first publication."""
+
+    def renamed(name: str, changes: dict) -> str:
+        for old, new in changes.items():
+            name = re.sub(old, new, name)
+        return name
+
+    n = layers + 1
+    res = {r"norm1": "in_layers.0", r"conv1": "in_layers.2", r"norm2": "out_layers.0", r"conv2": "out_layers.3"}
+    res |= {r"time_emb_proj": "emb_layers.1", r"conv_shortcut": "skip_connection"}
+    ends = {r"^conv_in": "input_blocks.0.0", r"^time_embedding.linear_1": "time_embed.0"}
+    ends |= {r"^time_embedding.linear_2": "time_embed.2", r"^conv_norm_out": "out.0", r"^conv_out": "out.2"}
+    middle = {"resnets.0": 0, "attentions.0": 1, "resnets.1": 2}
+    found = {}
+    for old, value in unet.items():
+        if match := re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", old):
+            way, kind, rest = match[1], match[3], match[5]
+            i, j = int(match[2]), int(match[4])
+            side = "input_blocks" if way == "down" else "output_blocks"
+            if kind.endswith("samplers"):
+                attends = any(f"{way}_blocks.{i}.attentions" in name for name in unet)
+                where = (n * (i + 1), 0) if way == "down" else (n * i + layers, 1 + attends)
+                rest = rest.replace("conv.", "op.") if way == "down" else rest
+            else:
+                where = (n * i + j + (way == "down"), int(kind == "attentions"))
+                rest = renamed(rest, res) if kind == "resnets" else rest
+            new = f"{side}.{where[0]}.{where[1]}.{rest}"
+        elif match := re.match(r"mid_block\.(\w+\.\d)\.(.*)", old):
+            rest = renamed(match[2], res) if "resnets" in old else match[2]
+            new = f"middle_block.{middle[match[1]]}.{rest}"
+        else:
+            new = renamed(old, ends)
+        found[f"model.diffusion_model.{new}"] = value
+    attention = {"to_q": "q", "to_k": "k", "to_v": "v", r"to_out\.0": "proj_out", "group_norm": "norm"}
+    for old, value in vae.items():
+        new = re.sub(r"down_blocks\.(\d)\.resnets", r"down.\1.block", old)
+        new = re.sub(r"up_blocks\.(\d)\.resnets", lambda m: f"up.{ups - 1 - int(m[1])}.block", new)
+        new = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", new)
+        new = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{ups - 1 - int(m[1])}.upsample", new)
+        new = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", new)
+        new = new.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+        if "mid_block.attentions.0" in new:
+            new = renamed(new.replace("mid_block.attentions.0", "mid.attn_1"), attention)
+            value = value[..., None, None] if value.ndim == 2 else value
+        found[f"first_stage_model.{new}"] = value
+    found |= {f"cond_stage_model.transformer.text_model.{k}": v for k, v in text.items()}
+    found["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    return found
+
+
+def test_one_file_as_it_was_first_published(stand_in, monkeypatch, tiny_folder, tmp_path):
+    """The weights of a folder, put under their first names in one file, come back as the same model."""
+    model = models.load(tiny_folder, "cpu")
+    parts = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
+    monkeypatch.setattr(models, "SD15", {name: part.config for name, part in parts.items()})
+    monkeypatch.setitem(hub.SOURCES, "sd15", hub.SOURCES["tiny"])
+    states = [part.state_dict() for part in parts.values()]
+    config = model.unet.config
+    named = first_names(*states, config.layers_per_block, len(model.vae.config.block_out_channels))
+    file = tmp_path / "old.safetensors"
+    save_file({name: value.contiguous() for name, value in named.items()}, file)
+    again = models.load(file, "cpu")
+    assert again.name == str(file) and again.scheduler_config == model.scheduler_config
+    for part, state in zip((again.unet, again.vae, again.text_encoder), states, strict=True):
+        torch.testing.assert_close(part.state_dict(), state, atol=0, rtol=0)
+    assert models.load(file, "cpu", "bfloat16").dtype == torch.bfloat16
+    fetched = [path for _, path, _ in stand_in.asked if "/resolve/" in path]
+    assert fetched and not any(path.endswith(".safetensors") for path in fetched)  # words alone
+
+    del named["model.diffusion_model.out.2.weight"]
+    save_file({name: value.contiguous() for name, value in named.items()}, tmp_path / "less.safetensors")
+    with pytest.raises(ValueError, match="less.safetensors: its unet is not .* or not whole"):
+        models.load(tmp_path / "less.safetensors", "cpu")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="none.safetensors is no whole Stable Diffusion 1.x"):
+        models.load(tmp_path / "none.safetensors", "cpu")
