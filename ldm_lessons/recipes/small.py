@@ -19,7 +19,7 @@ from ldm_lessons import cards, checkpoints, data, scenes, schedules, training
 from ldm_lessons.judge import Judge
 from ldm_lessons.machine import data_dir
 from ldm_lessons.metrics import features, frechet_distance, psnr, write_json
-from ldm_lessons.recipes.common import attention_for, batch_of, drive, latents, minutes_at, picture_row
+from ldm_lessons.recipes.common import attention_for, batch_of, drive, hardware, latents, minutes_at, picture_row
 from ldm_lessons.recipes.unet import SCHEDULER, noised, target
 from ldm_lessons.recipes.vae import reconstruction_loss
 from ldm_lessons.samplers import SAMPLERS
@@ -229,14 +229,16 @@ def race(plan: Plan, args: argparse.Namespace) -> None:
     """The same U-Net in pixels and in latents of three sizes, as many minutes each (arXiv:2112.10752 figure 6).
 
     Every few minutes of training each draws `DRAWS` scenes; the Fréchet distance to drawn ones goes into
-    `data/small/race.json`, with a row of the pictures at the end beside it. `--minutes` says how long each has.
+    `data/small/race.json`, with a row of the pictures at the end beside it. `--minutes` says how long each has. Its
+    "ceiling" is the distance of drawn scenes that went through its VAE: what encoding and decoding alone cost.
     """
     minutes = args.minutes or 12.0
     source = data.pictures(scenes.SPLITS["train"][: plan.rows], 64, args.runs / "cache")
     judge, schedule = Judge.load().float().eval(), schedules.NoiseSchedule.from_config(SCHEDULER)
-    real = _looked_at(judge, _held_out(args, 1000))
-    floor, folder = frechet_distance(real[:DRAWS], real[DRAWS:]), data_dir() / "small"
-    result = {"minutes": minutes, "floor": round(floor, 2), "batch": plan.batch, "racers": {}}
+    drawn, folder = _held_out(args, 1000), data_dir() / "small"
+    real = _looked_at(judge, drawn)
+    floor = round(frechet_distance(real[:DRAWS], real[DRAWS:]), 2)
+    result = {"minutes": minutes, "hardware": hardware(), "floor": floor, "batch": plan.batch, "racers": {}}
     for f, name in RACERS.items():
         vae = None if name is None else load_model(VAE, None, folder / name).float()
         mean, deviation = _compressed(vae, source, args.runs / "race")
@@ -261,8 +263,16 @@ def race(plan: Plan, args: argparse.Namespace) -> None:
         picture_row(pictures[:12]).save(folder / f"race-f{f}.webp", quality=85, method=6)
         result["racers"][f] = {
             "latent": list(mean.shape[1:]), "parameters": sum(p.numel() for p in unet.parameters()), "points": points,
+            "ceiling": floor if vae is None else _ceiling(judge, vae, drawn[:DRAWS], real[DRAWS:]),
         }  # fmt: skip
         write_json(folder / "race.json", result)
+
+
+@torch.inference_mode()
+def _ceiling(judge: Judge, vae: VAE, pictures: Tensor, real: Tensor) -> float:
+    """The Fréchet distance between `pictures` after encoder and decoder and what the judge saw of others, `real`."""
+    back = torch.cat([vae.decode(vae.encode(x * 2 - 1).mode()) for x in pictures.split(64)])
+    return round(frechet_distance(_looked_at(judge, (back / 2 + 0.5).clamp(0, 1)), real), 2)
 
 
 def _compressed(vae: VAE | None, source: np.ndarray, runs: Path) -> tuple[Tensor, Tensor]:
