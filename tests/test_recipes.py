@@ -109,6 +109,7 @@ def test_the_race_counts_every_racer_alike(made, monkeypatch) -> None:
         assert len(racer["points"]) == 6 and racer["latent"][1] == 64 // int(f)
         assert 0.03 <= racer["points"][-1]["minutes"] < 0.3
         assert (racer["ceiling"] == found["floor"]) == (f == "1")
+        assert all((point["own"] == point["fid"]) == (f == "1") for point in racer["points"])
 
 
 def test_lesson_02_has_its_recordings(made, monkeypatch) -> None:

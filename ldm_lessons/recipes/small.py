@@ -81,8 +81,7 @@ def small_vae(name: str, config: VAEConfig, kl_weight: float, plan: Plan, args: 
     with torch.inference_mode():
         z = vae.encode(batch_of(source, torch.arange(min(500, plan.rows)), vae) * 2 - 1).mode()
         vae.config = replace(vae.config, scaling_factor=round(1 / z.std().item(), 5))
-        built = torch.cat([vae.decode(vae.encode(x * 2 - 1).mode()) for x in shown.split(50)])
-    facts["validation"] = {"psnr": round(psnr((built / 2 + 0.5).clamp(0, 1), shown).mean().item(), 2)}
+    facts["validation"] = {"psnr": round(psnr(_through(vae, shown), shown).mean().item(), 2)}
     facts["scaling_factor"] = vae.config.scaling_factor
     return vae, facts
 
@@ -228,9 +227,10 @@ def sample_small(
 def race(plan: Plan, args: argparse.Namespace) -> None:
     """The same U-Net in pixels and in latents of three sizes, as many minutes each (arXiv:2112.10752 figure 6).
 
-    Every few minutes of training each draws `DRAWS` scenes; the Fréchet distance to drawn ones goes into
-    `data/small/race.json`, with a row of the pictures at the end beside it. `--minutes` says how long each has. Its
-    "ceiling" is the distance of drawn scenes that went through its VAE: what encoding and decoding alone cost.
+    Every few minutes of training each makes `DRAWS` pictures; `data/small/race.json` has their Fréchet distance to
+    drawn scenes ("fid") and to drawn scenes that went through its VAE ("own"), and a row of them at the end is beside
+    it. "ceiling" is the distance between those two kinds of scenes: what encoding and decoding alone cost. `--minutes`
+    says how long each has.
     """
     minutes = args.minutes or 12.0
     source = data.pictures(scenes.SPLITS["train"][: plan.rows], 64, args.runs / "cache")
@@ -242,6 +242,7 @@ def race(plan: Plan, args: argparse.Namespace) -> None:
     for f, name in RACERS.items():
         vae = None if name is None else load_model(VAE, None, folder / name).float()
         mean, deviation = _compressed(vae, source, args.runs / "race")
+        coded = real if vae is None else _looked_at(judge, _through(vae, drawn))
         torch.manual_seed(plan.seed)
         unet = small_unet(mean.shape[1], mean.shape[2])
         points, marks, spent, began = [], [minutes * k / 6 for k in range(1, 7)], 0.0, time.perf_counter()
@@ -254,8 +255,9 @@ def race(plan: Plan, args: argparse.Namespace) -> None:
             if spent >= marks[0]:
                 marks.pop(0)
                 pictures = _pictures(_filled(small_unet(mean.shape[1], mean.shape[2]), progress.ema), vae, DRAWS)
-                fid = round(frechet_distance(_looked_at(judge, pictures), real), 2)
-                points.append({"minutes": round(spent, 2), "step": progress.step, "fid": fid})
+                seen = _looked_at(judge, pictures)
+                fid, own = (round(frechet_distance(seen, other), 2) for other in (real, coded))
+                points.append({"minutes": round(spent, 2), "step": progress.step, "fid": fid, "own": own})
                 print(f, points[-1], flush=True)
             if not marks:
                 break
@@ -263,16 +265,16 @@ def race(plan: Plan, args: argparse.Namespace) -> None:
         picture_row(pictures[:12]).save(folder / f"race-f{f}.webp", quality=85, method=6)
         result["racers"][f] = {
             "latent": list(mean.shape[1:]), "parameters": sum(p.numel() for p in unet.parameters()), "points": points,
-            "ceiling": floor if vae is None else _ceiling(judge, vae, drawn[:DRAWS], real[DRAWS:]),
+            "ceiling": round(frechet_distance(coded[:DRAWS], real[DRAWS:]), 2),
         }  # fmt: skip
         write_json(folder / "race.json", result)
 
 
 @torch.inference_mode()
-def _ceiling(judge: Judge, vae: VAE, pictures: Tensor, real: Tensor) -> float:
-    """The Fréchet distance between `pictures` after encoder and decoder and what the judge saw of others, `real`."""
-    back = torch.cat([vae.decode(vae.encode(x * 2 - 1).mode()) for x in pictures.split(64)])
-    return round(frechet_distance(_looked_at(judge, (back / 2 + 0.5).clamp(0, 1)), real), 2)
+def _through(vae: VAE, pictures: Tensor) -> Tensor:
+    """Pictures (N, 3, 64, 64) in [0, 1], encoded and decoded."""
+    back = torch.cat([vae.decode(vae.encode(x * 2 - 1).mode()) for x in pictures.split(50)])
+    return (back / 2 + 0.5).clamp(0, 1)
 
 
 def _compressed(vae: VAE | None, source: np.ndarray, runs: Path) -> tuple[Tensor, Tensor]:
