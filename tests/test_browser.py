@@ -296,6 +296,7 @@ SLIDERS = {  # a notebook, and the other choice beside its picture's slider
     "02_pixel_diffusion": "second",
     "03_the_price_of_pixels": "pixels",
     "04_vae": "pixels",
+    "05_latent_diffusion": "decoded",
 }
 
 
